@@ -1,0 +1,33 @@
+# Everything works on a machine that has Python 3.11+ and make: each target makes .venv itself, once.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: install demo test test-long check clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Triptych needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; use make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/python -m pipelines.demo
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -m 'not slow'
+
+test-long: $(STAMP)
+	$(VENV)/bin/python -m pytest -q
+
+check: $(STAMP)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+clean:
+	rm -rf $(VENV) demo runs

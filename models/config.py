@@ -1,0 +1,178 @@
+"""What a model and its objective are made of: frozen, checked, stored beside every checkpoint."""
+
+from collections.abc import Mapping
+from functools import reduce
+from operator import getitem
+from typing import Annotated, Any, Literal, TypeVar
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: one line that says what, where and what to do."""
+
+
+class Config(BaseModel):
+    """Immutable, refuses unknown keys, takes help text from the strings under its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def override(self: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
+        """A copy with dotted keys changed, e.g. {"optim.learning_rate": 1e-4}; raises KeyError for an unknown key."""
+        tree = self.model_dump()
+        for dotted, value in changes.items():
+            *parents, leaf = dotted.split(".")
+            node = reduce(getitem, parents, tree)
+            if leaf not in node:
+                raise KeyError(dotted)
+            node[leaf] = value
+        return self.model_validate(tree)
+
+
+class VisionConfig(Config):
+    """Image tower: a `transformers` vision model."""
+
+    backbone: str = ""
+    """Local folder or hub name of a `transformers` vision model; empty builds a ViT from the numbers below."""
+    image_size: PositiveInt = 32
+    """Side of the square input image, pixels."""
+    patch_size: PositiveInt = 8
+    """Side of a patch, pixels."""
+    width: PositiveInt = 64
+    """Width of a token."""
+    layers: PositiveInt = 4
+    """Transformer blocks."""
+    heads: PositiveInt = 4
+    """Attention heads."""
+    mlp_ratio: PositiveFloat = 4.0
+    """Width of the feed-forward layer over `width`."""
+    layer_norm_eps: PositiveFloat = 1e-6
+    """Epsilon of layer normalisation."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of new weights."""
+    architecture: dict[str, Any] = {}
+    """The backbone's own configuration, filled in when it is first loaded; a checkpoint needs no hub."""
+
+
+class TextConfig(Config):
+    """Text tower: a `transformers` text encoder."""
+
+    backbone: str = ""
+    """Local folder or hub name of a `transformers` text encoder; empty builds a BERT from the numbers below."""
+    tokenizer: str = ""
+    """Folder or hub name of a `transformers` tokeniser; empty: the backbone's own, or one trained on the corpus."""
+    vocab_size: PositiveInt = 4096
+    """Words of the vocabulary; a tokeniser trained on the corpus has at most so many."""
+    max_tokens: Annotated[int, Ge(2)] = 25
+    """Tokens kept of a caption, [CLS] included."""
+    max_positions: PositiveInt = 64
+    """Rows of the position table."""
+    width: PositiveInt = 64
+    """Width of a token."""
+    layers: PositiveInt = 2
+    """Transformer layers."""
+    heads: PositiveInt = 4
+    """Attention heads, of the fusion layers too."""
+    mlp_ratio: PositiveFloat = 4.0
+    """Width of the feed-forward layer over `width`, of the fusion layers too."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Dropout of hidden states and attention, of the fusion layers too."""
+    layer_norm_eps: PositiveFloat = 1e-12
+    """Epsilon of layer normalisation, of the fusion layers too."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of new weights, of the fusion layers too."""
+    architecture: dict[str, Any] = {}
+    """The backbone's own configuration, filled in when it is first loaded; a checkpoint needs no hub."""
+
+
+class FusionConfig(Config):
+    """Cross-modal encoder: text states attend to image tokens. Built only where a term needs it."""
+
+    layers: PositiveInt = 2
+    """Fusion layers."""
+
+
+class EncoderConfig(Config):
+    """The encoders: two towers, their projections and the fusion encoder."""
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    fusion: FusionConfig = FusionConfig()
+    embed_dim: PositiveInt = 64
+    """Width of the joint space."""
+
+
+class TemperatureConfig(Config):
+    """The scale of every contrastive softmax."""
+
+    start: PositiveFloat = 0.07
+    """First value."""
+    learn: bool = True
+    """Whether it is a parameter."""
+    clamp: bool = True
+    """Whether it is kept in [min, max]; retrieval fine-tuning of the reference does not."""
+    min: PositiveFloat = 0.001
+    """Smallest value."""
+    max: PositiveFloat = 0.5
+    """Largest value."""
+
+
+class WeightsConfig(Config):
+    """Weight of each term; 0 costs nothing: no parameter, no forward pass, no random draw."""
+
+    cma: NonNegativeFloat = 0.0
+    """Contrast across modalities."""
+    imc: NonNegativeFloat = 0.0
+    """Contrast within each modality."""
+    lmi: NonNegativeFloat = 0.0
+    """Contrast between local parts and the whole."""
+    itm: NonNegativeFloat = 0.0
+    """Image-text matching with hard negatives."""
+    mlm: NonNegativeFloat = 0.0
+    """Masked language modelling."""
+
+
+class CmaConfig(Config):
+    """How modalities are contrasted."""
+
+    kind: Literal["infonce", "clip", "sigmoid"] = "infonce"
+    """infonce: against the teacher and its queue; clip: in the batch, no teacher; sigmoid: pairwise (SigLIP)."""
+
+
+class TeacherConfig(Config):
+    """Moving-average copy of the encoders."""
+
+    momentum: Annotated[float, Ge(0), Le(1)] = 0.995
+    """Share of the old teacher kept in a step."""
+
+
+class QueueConfig(Config):
+    """Teacher features of earlier batches, used as further candidates."""
+
+    size: NonNegativeInt = 65536
+    """Entries of each modality."""
+
+
+class ObjectiveConfig(Config):
+    """What is minimised: sum over terms of weight x term."""
+
+    weights: WeightsConfig = WeightsConfig()
+    temperature: TemperatureConfig = TemperatureConfig()
+    cma: CmaConfig = CmaConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    queue: QueueConfig = QueueConfig()
+    alpha: Annotated[float, Ge(0), Le(1)] = 0.4
+    """Share of the teacher's soft targets in cma and mlm."""
+    alpha_ramp_epochs: NonNegativeFloat = 1.0
+    """Epochs over which alpha rises from 0."""
+    negatives: Literal["global", "local"] = "global"
+    """Candidates of a batch: all workers' rows, or the worker's own (the reference's form)."""
+    duplicates: Literal["mask", "positive", "ignore"] = "mask"
+    """Candidates of equal image or caption: left out, positives too (retrieval fine-tuning), or negatives."""
+    local_grid: Literal["sqrt", "quarter"] = "sqrt"
+    """Pooled patch grid of lmi: floor(sqrt(g)) squared (pre-training) or 4 x 4 (fine-tuning), g patches a side."""
+    mlm_probability: Annotated[float, Gt(0), Lt(1)] = 0.15
+    """Share of the tokens that masked language modelling selects."""

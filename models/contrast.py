@@ -1,0 +1,102 @@
+"""Contrastive terms over unit vectors, each as (sum, count) so that workers can add theirs up.
+
+Axes: B rows here, N candidates in the batch, M queue entries, K local parts of a candidate, D width of the joint space.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+MASKED = -1e9
+"""Logit of a candidate that is left out: its softmax is exactly 0, and no infinity meets a zero."""
+
+
+def similarities(
+    query: Float[Tensor, "B D"],
+    batch: Float[Tensor, "N D"],
+    queue: Float[Tensor, "M D"],
+    temperature: Float[Tensor, ""],
+) -> Float[Tensor, "B N+M"]:
+    """Cosines over temperature of each query with the batch's keys, then the queue's."""
+    return torch.cat([query @ batch.T, query @ queue.T], 1) / temperature
+
+
+def soft_nce(logits: Float[Tensor, "B C"], target: Float[Tensor, "B C"]) -> tuple[Float[Tensor, ""], int]:
+    """Sum over rows, and their count, of the cross-entropy from softmax(logits) to `target`.
+
+    One-hot `target` is plain contrast; blended with the teacher's softmax it distils (TCL, arXiv 2202.10401, spec 2.1).
+    """
+    return -(target * F.log_softmax(logits, 1)).sum(), len(logits)
+
+
+def hard_targets(positive: Bool[Tensor, "B C"], like: Float[Tensor, "..."]) -> Float[Tensor, "B C"]:
+    """Equal shares for the positives of each row, which has at least one, in the precision of `like`."""
+    target = positive.to(like.dtype)
+    return target / target.sum(1, keepdim=True)
+
+
+def soft_targets(
+    hard: Float[Tensor, "B C"], teacher_logits: Float[Tensor, "B C"], alpha: float
+) -> Float[Tensor, "B C"]:
+    """alpha softmax(teacher) + (1 - alpha) hard (momentum distillation, spec 2.1)."""
+    if alpha == 0:
+        return hard
+    return alpha * F.softmax(teacher_logits, 1) + (1 - alpha) * hard
+
+
+def local_global(
+    query: Float[Tensor, "B D"],
+    locals_: Float[Tensor, "N K D"],
+    valid: Bool[Tensor, "N K"],
+    negative: Bool[Tensor, "B N"],
+    offset: int,
+    temperature: Float[Tensor, ""],
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Sum over rows, and their count, of the mean over own parts of InfoNCE against others' parts (LMI, spec 2.3).
+
+    Row b's own parts are `locals_[offset + b]`; `negative[b, j]` says whether sample j's parts are its negatives. A row
+    without a valid part is not counted. The negatives' log-sum does not depend on the part, so it is taken once a row:
+    B x N x K numbers, no B x K x N x K tensor.
+    """
+    rows, (samples, parts) = len(query), valid.shape
+    scores = (query @ locals_.flatten(0, 1).T).view(rows, samples, parts) / temperature
+    own = scores[torch.arange(rows, device=query.device), torch.arange(offset, offset + rows, device=query.device)]
+    others = scores.masked_fill(~(negative[:, :, None] & valid[None]), MASKED).flatten(1)
+    own_valid = valid[offset : offset + rows]
+    terms = F.softplus(torch.logsumexp(others, 1, keepdim=True) - own) * own_valid
+    count = own_valid.sum(1)
+    return (terms.sum(1) / count.clamp(min=1)).sum(), (count > 0).sum().to(terms.dtype)
+
+
+def pairwise_sigmoid(
+    image: Float[Tensor, "B D"],
+    text: Float[Tensor, "N D"],
+    positive: Bool[Tensor, "B N"],
+    left_out: Bool[Tensor, "B N"],
+    scale: Float[Tensor, ""],
+    bias: Float[Tensor, ""],
+) -> tuple[Float[Tensor, ""], int]:
+    """Sum and count (rows) of -log sigmoid(+-(scale cos + bias)) over all pairs (SigLIP, arXiv 2303.15343)."""
+    logits = scale * (image @ text.T) + bias
+    signs = positive.to(logits.dtype) * 2 - 1
+    return -(F.logsigmoid(signs * logits) * ~left_out).sum(), len(image)
+
+
+def negative_weights(logits: Float[Tensor, "B N"], same: Bool[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    """How likely each candidate of the batch is taken as hard negative: softmax, 0 for the same pair (spec 2.4)."""
+    return F.softmax(logits, 1).masked_fill(same, 0.0)
+
+
+def draw_negatives(
+    weights: Float[Tensor, "B N"], same: Bool[Tensor, "B N"], uniform: Float[Tensor, " B"]
+) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"]]:
+    """One candidate a row by inverse transform of `uniform` in [0, 1), and whether the row has any candidate.
+
+    Rows whose weights are all zero fall back to equal weights (the reference's pre-training, spec 2.4).
+    """
+    allowed = (~same).double()
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights.double(), allowed)
+    total = weights.cumsum(1)
+    chosen = torch.searchsorted(total, uniform.double()[:, None] * total[:, -1:], right=True)[:, 0]
+    return chosen.clamp(max=weights.shape[1] - 1), allowed.any(1)

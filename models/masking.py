@@ -1,0 +1,42 @@
+"""Which tokens masked language modelling hides, and with what (TCL spec 2.5; BERT, arXiv 1810.04805)."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from models import draws
+
+
+class Masked(NamedTuple):
+    """A corrupted caption and what stood there."""
+
+    ids: Int[Tensor, "B T"]
+    selected: Bool[Tensor, "B T"]
+    original: Int[Tensor, "B T"]
+
+
+class SpecialTokens(NamedTuple):
+    """Ids of the tokens that are not words; `mask` is -1 where the tokeniser has none."""
+
+    pad: int
+    cls: int
+    mask: int
+    vocab_size: int
+
+
+def mask_tokens(
+    ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], keys: Int[Tensor, " B"], tokens: SpecialTokens, share: float
+) -> Masked:
+    """Select `share` of the real tokens other than [CLS]; 80 % become [MASK], 10 % any id, 10 % stay.
+
+    The draws are the sample's own (`keys`), so they do not depend on the batch or the worker.
+    """
+    width = ids.shape[1]
+    selected = draws.uniform(keys, draws.MASK, width) < share
+    selected &= mask & (ids != tokens.pad) & (ids != tokens.cls)
+    kind = draws.uniform(keys, draws.MASK_KIND, width)
+    word = (draws.uniform(keys, draws.MASK_WORD, width) * tokens.vocab_size).long()
+    corrupted = torch.where(kind < 0.8, torch.full_like(ids, tokens.mask), torch.where(kind < 0.9, word, ids))
+    return Masked(torch.where(selected, corrupted, ids), selected, ids)

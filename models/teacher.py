@@ -1,0 +1,82 @@
+"""The moving-average teacher and the feature queues: all the state there is beside the model and its optimiser."""
+
+import copy
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from models.encoders import DualEncoder
+
+
+def make_teacher(student: DualEncoder, language: bool) -> DualEncoder:
+    """An equal copy without gradients; `language` keeps its fusion encoder with the masked-language head."""
+    teacher = copy.deepcopy(student)
+    for name in ("temperature", "log_scale", "bias"):
+        if hasattr(teacher, name):
+            delattr(teacher, name)
+    if not language:
+        teacher.fusion = None
+    elif teacher.fusion is not None:
+        teacher.fusion.matching = None
+    return teacher.requires_grad_(False)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """theta_m <- momentum theta_m + (1 - momentum) theta, for every parameter the teacher has (spec 1.3)."""
+    online = dict(student.named_parameters())
+    names, copies = zip(*teacher.named_parameters(), strict=True)
+    torch._foreach_mul_(copies, momentum)
+    torch._foreach_add_(
+        copies, [online[name].to(c.dtype) for name, c in zip(names, copies, strict=True)], alpha=1 - momentum
+    )
+
+
+class FeatureQueue(nn.Module):
+    """First in, first out: teacher features of earlier batches with the hashes that identify image and caption.
+
+    Rows are entries (size M, width D). Equal on all workers, since all enqueue the same gathered rows.
+    """
+
+    image: Float[Tensor, "M D"]
+    text: Float[Tensor, "M D"]
+    image_id: Int[Tensor, " M"]
+    caption_id: Int[Tensor, " M"]
+    pointer: Int[Tensor, ""]
+    filled: Int[Tensor, ""]
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        for name in ("image", "text"):
+            self.register_buffer(name, torch.zeros(size, width))
+        for name in ("image_id", "caption_id"):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.int64))
+        for name in ("pointer", "filled"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+
+    @property
+    def valid(self) -> Bool[Tensor, " M"]:
+        """Entries that have been written."""
+        return torch.arange(len(self.image), device=self.image.device) < self.filled
+
+    @torch.no_grad()
+    def enqueue(
+        self,
+        image: Float[Tensor, "N D"],
+        text: Float[Tensor, "N D"],
+        image_id: Int[Tensor, " N"],
+        caption_id: Int[Tensor, " N"],
+    ) -> None:
+        """Write N entries at the pointer, over the end and round; of more than M the last M stay."""
+        size, count = len(self.image), len(image)
+        if size == 0 or count == 0:
+            return
+        skip = max(count - size, 0)
+        places = (self.pointer + torch.arange(skip, count, device=self.image.device)) % size
+        for buffer, rows in ((self.image, image), (self.text, text)):
+            buffer[places] = rows[skip:].to(buffer.dtype)
+        self.image_id[places] = image_id[skip:]
+        self.caption_id[places] = caption_id[skip:]
+        self.pointer.add_(count).remainder_(size)
+        self.filled.add_(count).clamp_(max=size)

@@ -1,0 +1,1 @@
+"""Moving data and processes: Ray Data, Ray Train, tracking and the command line."""

@@ -1,0 +1,71 @@
+"""Joining or starting Ray, quietly and within what the machine has."""
+
+import logging
+import os
+import socket
+
+import ray
+
+from models.config import InputError
+from pipelines.lineage import ROOT
+
+EXCLUDES = [".git/", ".venv/", "demo/", "runs/", "data/", "mlruns/", "mlflow.db", "*.parquet", "*.tar", "tests/golden/"]
+"""What of the checkout workers do not need."""
+
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it a worker's output arrives twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # only noise here: a lost node is noticed without it
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # ends, and registers checkpoints, sooner
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+"""Environment of driver and workers; whatever the user has set stays."""
+
+
+def connect() -> None:
+    """Join the cluster of RAY_ADDRESS, or start Ray on this machine; does nothing where Ray runs already.
+
+    Raises InputError where the cluster does not answer.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        return
+    options = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        if address.startswith(("http://", "https://")):
+            raise InputError("RAY_ADDRESS: an HTTP address takes jobs; use `triptych submit`, or ray://host:10001")
+        try:
+            ray.init(address, runtime_env=_runtime_env(), **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({_first_line(error)})") from error
+        return
+    port = _free_port()
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"  # or a second Ray here would be asked instead
+    ray.init(num_cpus=max(os.cpu_count() or 1, 2), dashboard_host="127.0.0.1", dashboard_port=port, **options)
+
+
+def _runtime_env() -> dict[str, object] | None:
+    """Inside a job the package is there already; from outside the checkout is sent along."""
+    return (
+        None
+        if os.environ.get("RAY_JOB_ID") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+        else {
+            "working_dir": str(ROOT),
+            "excludes": EXCLUDES,
+        }
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,102 @@
+"""What crosses workers in a training step: candidate rows, their gradients, sums of losses, the gradient itself."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.batch import Context, Features
+from models.config import ObjectiveConfig
+from models.gather import Workers
+from models.objectives import Part, infonce
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The workers whose rows are candidates of each other, and how many rows each has in this step."""
+
+    workers: Workers
+    counts: list[int]
+
+    @classmethod
+    def meet(cls, workers: Workers, rows: int) -> "Peers":
+        """Tell each other how many rows there are."""
+        return cls(workers, workers.row_counts(rows))
+
+    @property
+    def offset(self) -> int:
+        """Place of this worker's first row among all rows."""
+        return sum(self.counts[: self.workers.rank])
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Everyone's rows, without gradient."""
+        return self.workers.all_gather_rows(rows, self.counts)
+
+
+def gathered_fields(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """Student features whose gradient crosses workers: tokens for matching, vectors for the batch-only contrast."""
+    fields: tuple[str, ...] = ()
+    if objective.weights.itm > 0:
+        fields += ("image_tokens", "text_tokens")
+    if not infonce(objective) and (objective.weights.cma > 0 or objective.weights.itm > 0):
+        fields += ("image", "text")
+    return fields
+
+
+def gather_leaves(leaves: Features, objective: ObjectiveConfig, peers: Peers) -> Features:
+    """All rows of the fields that terms compare across rows, as leaves of their own; the same object on one worker."""
+    if peers.workers.world_size == 1:
+        return leaves
+    fields = {name: peers.gather(getattr(leaves, name)).requires_grad_() for name in gathered_fields(objective)}
+    return leaves._replace(**fields)
+
+
+def reduce_parts(parts: dict[str, Part], workers: Workers) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Mean of each part over all workers, and the global counts (at least 1)."""
+    device = next(iter(parts.values())).sum.device
+    sums = torch.stack([part.sum.detach().double() for part in parts.values()])
+    counts = torch.stack([torch.as_tensor(part.count, device=device).detach().double() for part in parts.values()])
+    totals = workers.all_reduce_sum(torch.stack([sums, counts]))
+    global_counts = totals[1].clamp(min=1)
+    means = totals[0] / global_counts
+    return dict(zip(parts, means, strict=True)), dict(zip(parts, global_counts, strict=True))
+
+
+def backward_through_towers(student: Features, context: Context, workers: Workers) -> None:
+    """Add other workers' share to the leaves' gradients, then run them back through the towers."""
+    roots, gradients = [], []
+    for name, output in student._asdict().items():
+        leaf, everyone = getattr(context.student, name), getattr(context.all_student, name)
+        if everyone is not leaf:
+            shared = everyone.grad if everyone.grad is not None else torch.zeros_like(everyone)
+            mine = workers.all_reduce_sum(shared)[context.offset : context.offset + len(leaf)]
+            leaf.grad = mine if leaf.grad is None else leaf.grad + mine
+        if leaf.grad is not None:
+            roots.append(output)
+            gradients.append(leaf.grad.to(output.dtype))
+    torch.autograd.backward(roots, gradients)
+
+
+def sum_gradients(parameters: list[nn.Parameter], workers: Workers, bucket: int = 2**25) -> None:
+    """Sum each gradient over the workers, in buckets of about `bucket` numbers.
+
+    A missing gradient counts as zero on one worker too, so that weight decay does not depend on how many there are.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if workers.world_size == 1:
+        return
+    start = 0
+    while start < len(parameters):
+        end, size = start, 0
+        while end < len(parameters) and (size == 0 or size + parameters[end].numel() <= bucket):
+            size += parameters[end].numel()
+            end += 1
+        gradients = [p.grad for p in parameters[start:end] if p.grad is not None]
+        totals = workers.all_reduce_sum(torch.cat([g.flatten() for g in gradients])).split(
+            [g.numel() for g in gradients]
+        )
+        for gradient, total in zip(gradients, totals, strict=True):
+            gradient.copy_(total.view_as(gradient))
+        start = end

@@ -1,0 +1,294 @@
+"""What each Ray Train worker does: stream its share, step, validate, checkpoint."""
+
+import logging
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import get_device
+
+from models.batch import Batch
+from models.checkpoint import verify_files
+from models.draws import hash64
+from models.gather import DistributedWorkers, SoloWorkers, Workers
+from models.masking import SpecialTokens
+from models.objectives import build_model
+from models.preprocess import CaptionTokenizer, PreprocessorConfig
+from pipelines.augment import augment
+from pipelines.checkpoints import Progress, RunFiles, load_initial, read_checkpoint, read_table, write_checkpoint
+from pipelines.config import ExperimentConfig
+from pipelines.manifest import Manifest
+from pipelines.meter import Meter
+from pipelines.records import Records
+from pipelines.schedule import cosine_rate, ramped_alpha, tcl_rate
+from pipelines.step import StepSettings, TrainState, equalise, make_state, parameter_groups, training_step
+from pipelines.stream import EpochStream, Rows
+from pipelines.validate import Validation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver gives every worker."""
+
+    experiment: ExperimentConfig
+    manifest: Manifest
+    validation: Manifest
+    tokenizer_json: str
+    initial_weights: str
+    mailbox: Any
+
+
+class Counts(NamedTuple):
+    """One step over all workers: manifest positions, good samples, tokens of the longest caption."""
+
+    positions: int
+    good: int
+    longest: int
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on, and trying again would not help: one line that says why."""
+
+
+def train_worker(job: Job) -> dict[str, Any]:
+    """Train's entry point. Returns the run's last numbers, or {"stopped": reason} on every rank alike."""
+    run = Run(job)
+    try:
+        return run.train()
+    except TrainingStopped as error:
+        return {"stopped": str(error)}
+    finally:
+        run.stream.close()
+
+
+class Run:
+    """One worker's view of a training run."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.experiment = job, job.experiment
+        self.workers: Workers = DistributedWorkers() if dist.is_initialized() else SoloWorkers()
+        _set_threads(self.experiment, self.workers.world_size)
+        self.device = get_device()
+        self.tokenizer = CaptionTokenizer.from_json(job.tokenizer_json)
+        text = self.experiment.encoder.text
+        tokens = SpecialTokens(
+            self.tokenizer.pad_id, self.tokenizer.cls_id, self.tokenizer.mask_id, text.architecture["vocab_size"]
+        )
+        bf16 = self.experiment.compute.bf16 and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.settings = StepSettings(self.experiment.objective, tokens, self.experiment.optim.clip_norm, bf16)
+        self.state = _make_state(job, self.device)
+        self.records = Records(self.experiment.pairs.record_ids)
+        self.progress = Progress()
+        self._restore()
+        equalise(self.state, self.workers)
+        self.planned = planned_samples(self.experiment, job.manifest.count)
+        self.validation = Validation(job.validation, self.experiment, self.tokenizer, self.workers, self.device)
+        self.stream = EpochStream(
+            self.experiment,
+            job.manifest,
+            job.tokenizer_json,
+            (self.workers.rank, self.workers.world_size),
+            self.progress.position,
+            self.planned,
+        )
+        self.meter = Meter()
+        self.metrics: dict[str, float] = {}
+
+    def _restore(self) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        seed = hash64(self.experiment.seed, self.workers.rank)
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                verify_files(Path(folder), checkpoint.path)
+                self.progress = read_checkpoint(Path(folder), self.state, checkpoint.path)
+                if self.workers.rank == 0:
+                    self.records.restore(read_table(Path(folder), "skipped"), read_table(Path(folder), "ids"))
+            seed = hash64(self.experiment.seed, self.workers.rank, self.progress.step)
+        torch.manual_seed(seed % 2**63)  # dropout, the one draw that belongs to a rank
+
+    def train(self) -> dict[str, Any]:
+        """Run the plan to its end."""
+        interval = self.experiment.checkpoints.every * self.planned
+        due = (self.progress.seen // interval + 1) * interval
+        while self.progress.seen < self.planned:
+            counts, rows = self._next_rows()
+            if counts.positions == 0:
+                self._end_epoch()
+                continue
+            if counts.good:
+                self._step(rows, counts)
+            self.progress.seen += counts.positions
+            self.progress.epoch_good += counts.good
+            self.records.add(rows, self.progress.step, self.workers.rank)
+            if self.progress.seen >= min(due, self.planned):
+                self._checkpoint()
+                due += interval
+        return {"step": self.progress.step, "samples": self.progress.seen, "metrics": self.metrics}
+
+    def _next_rows(self) -> tuple[Counts, Rows | None]:
+        """This worker's next rows of the epoch, and what all workers have: none anywhere means that the epoch is over."""
+        with self.meter.waiting():
+            rows = self.stream.next_rows(self.progress.position.epoch)
+        mine = (len(rows), rows.good, rows.longest) if rows else (0, 0, 0)
+        table = self.workers.all_gather_rows(
+            torch.tensor([mine], device=self.device), [1] * self.workers.world_size
+        ).cpu()
+        return Counts(int(table[:, 0].sum()), int(table[:, 1].sum()), int(table[:, 2].max())), rows
+
+    def _step(self, rows: Rows | None, counts: Counts) -> None:
+        batch = to_batch(rows, counts.longest, self.experiment, self.device)
+        epochs_seen = self.progress.seen / self.job.manifest.count
+        objective = self.experiment.objective
+        alpha = ramped_alpha(objective.alpha, objective.alpha_ramp_epochs, epochs_seen)
+        rate = self._learning_rate()
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = rate
+        result = training_step(self.state, batch, self.settings, alpha, self.workers)
+        self.progress.step += 1
+        self.progress.epoch_step += 1
+        self.meter.add(result, counts.good)
+        if self.progress.step % self.experiment.progress.every == 0:
+            self._report_step(rate, alpha)
+
+    def _learning_rate(self) -> float:
+        optim = self.experiment.optim
+        if optim.schedule == "cosine":
+            return cosine_rate(optim, self.progress.seen / self.planned)
+        epochs = max(1.0, self.planned / self.job.manifest.count)
+        return tcl_rate(optim, self.progress.position.epoch, self.progress.epoch_step, epochs)
+
+    def _report_step(self, rate: float, alpha: float) -> None:
+        values = self.meter.read()
+        bad = [name for name, value in values.items() if name.startswith("train/loss/") and not np.isfinite(value)]
+        if bad or not np.isfinite(values.get("train/gradient_norm", 0.0)):
+            names = ", ".join(name.removeprefix("train/loss/") for name in bad) or "the gradient"
+            raise TrainingStopped(
+                f"step {self.progress.step}: {names} is not finite; lower optim.learning_rate or set optim.clip_norm"
+            )
+        if values:
+            temperature = float(self.state.model.temperature.detach())
+            extra = {"train/learning_rate": rate, "train/alpha": alpha, "train/temperature": temperature}
+            self.metrics |= values | extra | {"samples_seen": float(self.progress.seen)}
+            self._tell("step", values | extra)
+
+    def _end_epoch(self) -> None:
+        """Check that every position of the epoch was trained or ledgered, then turn to the next."""
+        totals = torch.tensor([self.records.skipped_in_epoch], device=self.device)
+        skipped = self.progress.epoch_skipped + int(self.workers.all_reduce_sum(totals))
+        self.records.skipped_in_epoch = 0
+        count, good = self.job.manifest.count, self.progress.epoch_good
+        if good + skipped != count:
+            raise TrainingStopped(
+                f"epoch {self.progress.position.epoch}: {count} samples in the manifest, {good} trained, {skipped} skipped"
+            )
+        share = skipped / count
+        if share > self.experiment.pairs.max_skipped:
+            raise TrainingStopped(
+                f"epoch {self.progress.position.epoch}: {skipped} of {count} samples were skipped, more than "
+                f"pairs.max_skipped {self.experiment.pairs.max_skipped}; skipped.parquet of the checkpoint says why"
+            )
+        self.progress.start_epoch(self.progress.position.epoch + 1)
+
+    def _checkpoint(self) -> None:
+        """Validate, write a checkpoint, hand it to Train (which uploads it while training goes on)."""
+        self._report_step(self.state.optimizer.param_groups[0]["lr"], self.experiment.objective.alpha)
+        started = time.perf_counter()
+        scores = self.validation.score(self.state.model)
+        self.metrics |= scores | {"perf/validation_seconds": time.perf_counter() - started}
+        self._tell("validation", scores)
+        self._gather_position()
+        self.records.gather(self.workers, self.device)
+        checkpoint = None
+        if self.workers.rank == 0:
+            folder = Path(tempfile.mkdtemp(prefix="triptych-checkpoint-"))
+            files = RunFiles(self.experiment, self.tokenizer, preprocessor(self.experiment))
+            write_checkpoint(folder, files, self.state, self.progress, self.metrics, self.records.tables())
+            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+        ray.train.report(
+            self.metrics,
+            checkpoint=checkpoint,
+            checkpoint_dir_name=f"step-{self.progress.step:08d}-{int(time.time()):x}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        )
+        self.meter.restart()
+
+    def _gather_position(self) -> None:
+        """Merge what every worker has consumed of the epoch, and count what was skipped."""
+        counts = self.workers.row_counts(len(self.stream.done))
+        mine = torch.tensor(sorted(self.stream.done.items()), dtype=torch.int64, device=self.device).view(-1, 2)
+        merged = dict(self.progress.position.done)
+        for group, places in self.workers.all_gather_rows(mine, counts).tolist():
+            merged[group] = max(places, merged.get(group, 0))
+        self.progress.position = self.progress.position.replace_done(merged)
+        skipped = torch.tensor([self.records.skipped_in_epoch], device=self.device)
+        self.progress.epoch_skipped += int(self.workers.all_reduce_sum(skipped))
+        self.records.skipped_in_epoch = 0
+
+    def _tell(self, kind: str, metrics: dict[str, float]) -> None:
+        if self.workers.rank == 0:
+            event = {"kind": kind, "step": self.progress.step, "samples": self.progress.seen, "planned": self.planned}
+            self.job.mailbox.put.remote(event | {"metrics": metrics})
+
+
+def planned_samples(experiment: ExperimentConfig, count: int) -> int:
+    """Manifest positions of the whole run."""
+    return max(round(experiment.optim.epochs * count), experiment.optim.min_samples, 1)
+
+
+def preprocessor(experiment: ExperimentConfig) -> PreprocessorConfig:
+    """What serving must do to a picture and a caption to see what training saw."""
+    return PreprocessorConfig(
+        image_size=experiment.encoder.vision.image_size,
+        max_tokens=experiment.encoder.text.max_tokens,
+        max_caption_words=experiment.pairs.max_caption_words,
+    )
+
+
+def to_batch(rows: Rows | None, longest: int, experiment: ExperimentConfig, device: torch.device) -> Batch:
+    """This worker's good rows on its device, colour-augmented and normalised; empty where it has none."""
+    if rows is None or rows.good == 0:
+        size = experiment.encoder.vision.image_size
+        pixels = torch.zeros(0, 3, size, size, device=device)
+        ids = torch.zeros(0, longest, dtype=torch.int64, device=device)
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        return Batch(pixels, pixels, ids, ids.bool(), none, none, none)
+    columns = {name: torch.from_numpy(rows.column(name)).to(device, non_blocking=True) for name in Rows.TENSORS}
+    views = columns["views"]
+    first, second = (augment(views[:, i], columns["key"], i, experiment.pairs.augment) for i in (0, 1))
+    return Batch(
+        view1=first,
+        view2=second,
+        ids=columns["ids"][:, :longest].long(),
+        mask=columns["mask"][:, :longest].bool(),
+        key=columns["key"],
+        image_id=columns["image_id"],
+        caption_id=columns["caption_id"],
+    )
+
+
+def _set_threads(experiment: ExperimentConfig, world_size: int) -> None:
+    """Torch threads of this worker; Ray leaves one, and workers on one machine should share its cores."""
+    if not experiment.compute.gpus:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        torch.set_num_threads(experiment.compute.threads or max(1, (os.cpu_count() or 1) // max(here, 1)))
+
+
+def _make_state(job: Job, device: torch.device) -> TrainState:
+    experiment, optim = job.experiment, job.experiment.optim
+    torch.manual_seed(experiment.seed)
+    model = build_model(experiment.encoder, experiment.objective, pretrained=not job.initial_weights)
+    if job.initial_weights:
+        load_initial(model, job.initial_weights)
+    model = model.to(device).train()
+    groups = parameter_groups(model, optim.weight_decay)
+    fused = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
+    return make_state(model, experiment.objective, fused)

@@ -1,0 +1,140 @@
+"""Encoded pictures to pixels: limits before decoding, JPEG `draft`, two crops of one decode. No Ray.
+
+Axes: B pictures, S side of the result.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from models.preprocess import resize_for_eval, to_rgb
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""Decoders that may be run on a stranger's bytes; Pillow has others that start programs."""
+_ORIENTATION = 0x0112
+_TRIES = 10  # boxes drawn before the middle of the picture is taken, as in torchvision
+DRAWS = 2 * _TRIES * 4
+"""Random numbers a picture needs for its two crops."""
+
+
+@dataclass
+class Opened:
+    """A picture whose header has been read."""
+
+    image: Image.Image
+    size: tuple[int, int]
+    """(width, height) as it is looked at, EXIF orientation applied."""
+    turned: bool
+    """Whether orientation swaps width and height."""
+
+
+class Refused(Exception):
+    """A picture that is skipped: args are (reason, detail)."""
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Around opening and decoding: our own limit on pixels counts, Pillow's warnings about damage are not shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def open_picture(data: bytes, max_pixels: int, min_side: int) -> Opened:
+    """Read a picture's header. Raises Refused: unreadable, too_large (before anything is decoded), too_small."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise Refused("too_large", str(error)) from error
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise Refused("unreadable", _why(error, data)) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise Refused("too_large", f"{width} x {height} pixels, more than {max_pixels}")
+    if min(width, height) < min_side:
+        raise Refused("too_small", f"{width} x {height} pixels, the shorter side is less than {min_side}")
+    turned = _is_turned(image)
+    return Opened(image, (height, width) if turned else (width, height), turned)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    if image.format == "PNG" and "exif" not in image.info:
+        return False  # Pillow would decode the whole picture to look behind its pixels
+    try:
+        return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # damaged EXIF raises nearly anything; the picture itself is still good
+        return False
+
+
+def _why(error: Exception, data: bytes) -> str:
+    if not data:
+        return "no bytes"
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a picture of a known format, begins with {data[:16]!r}"
+    return f"{type(error).__name__}: {error}"
+
+
+def draw_boxes(sizes: np.ndarray, draws: np.ndarray, area_min: float) -> np.ndarray:
+    """Crops of pictures: random area (area_min..1 of the picture) and aspect (3/4..4/3), at a random place.
+
+    `sizes` (B, 2) are widths and heights, `draws` (B, DRAWS) numbers in [0, 1). Returns boxes int64 (B, 2, 4): left,
+    top, right, bottom of each picture's two crops, in pixels.
+    """
+    width, height = (sizes[:, axis, None, None] for axis in (0, 1))
+    area, shape, left, top = np.moveaxis(draws.reshape(len(sizes), 2, _TRIES, 4), 3, 0)
+    area = (area_min + (1 - area_min) * area) * width * height
+    ratio = np.exp(np.log(3 / 4) + shape * np.log(16 / 9))
+    across, down = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (across >= 1) & (across <= width) & (down >= 1) & (down <= height)
+    first = fits.argmax(2)[..., None]
+    across, down, left, top = (np.take_along_axis(a, first, 2)[..., 0] for a in (across, down, left, top))
+    width, height, fits = width[..., 0], height[..., 0], fits.any(2)
+    across = np.where(fits, across, np.minimum(width, np.rint(height * 4 / 3)))
+    down = np.where(fits, down, np.minimum(height, np.rint(width * 4 / 3)))
+    left = np.where(fits, np.floor(left * (width - across + 1)), (width - across) // 2)
+    top = np.where(fits, np.floor(top * (height - down + 1)), (height - down) // 2)
+    return np.stack([left, top, left + across, top + down], 2).astype(np.int64)
+
+
+def crop_twice(picture: Opened, boxes: np.ndarray, out: np.ndarray) -> None:
+    """Decode once and write the two crops into `out`, uint8 (2, S, S, 3). Raises Refused where the bytes are damaged.
+
+    A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) at which both crops still have S pixels a side.
+    """
+    size, (width, height) = out.shape[1], picture.size
+    try:
+        sides = boxes[:, 2:] - boxes[:, :2]
+        scale = size / int(sides.min())
+        if scale < 0.5 and picture.image.format in ("JPEG", "MPO"):
+            least = (int(np.ceil(width * scale)), int(np.ceil(height * scale)))
+            picture.image.draft(None, least[::-1] if picture.turned else least)
+        picture.image.load()  # raises on damage, also where a look at EXIF data would hide it
+        image = to_rgb(picture.image)
+        across, down = image.width / width, image.height / height
+        for view, (left, top, right, bottom) in enumerate(boxes.tolist()):
+            box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
+            out[view] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise Refused("unreadable", _why(error, b"?")) from error
+
+
+def whole(picture: Opened, out: np.ndarray) -> None:
+    """Decode and write the whole picture into `out`, uint8 (S, S, 3), exactly as serving does. Raises Refused."""
+    try:
+        picture.image.load()  # raises on damage, also where a look at EXIF data would hide it
+        out[:] = resize_for_eval(picture.image, out.shape[0])
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise Refused("unreadable", _why(error, b"?")) from error

@@ -1,0 +1,37 @@
+"""Learning rate and alpha as functions of how far a run has come."""
+
+import math
+
+from pipelines.config import OptimConfig
+
+TCL_WARMUP_ITERATIONS = 100
+"""The reference's "warm-up epoch" is so many iterations, inside the first epoch only (TCL spec 5)."""
+
+
+def cosine_rate(optim: OptimConfig, progress: float) -> float:
+    """Rate at `progress` (samples seen over samples planned): linear warm-up, then half a cosine down to the last rate."""
+    if progress < optim.warmup:
+        return optim.learning_rate * progress / optim.warmup
+    share = min((progress - optim.warmup) / (1 - optim.warmup), 1.0)
+    return (
+        optim.min_learning_rate + (optim.learning_rate - optim.min_learning_rate) * (1 + math.cos(math.pi * share)) / 2
+    )
+
+
+def tcl_rate(optim: OptimConfig, epoch: int, iteration: int, epochs: float) -> float:
+    """The reference's rate of iteration `iteration` of epoch `epoch`, both from 0 (TCL spec 5).
+
+    Epoch 0 climbs a step each 100 iterations (the step after iteration 100 k is used from 100 k + 1 on); later epochs each
+    have one value of the cosine.
+    """
+    base, start, steps = optim.learning_rate, optim.warmup_learning_rate, optim.warmup_epochs
+    if epoch == 0:
+        done = max(iteration - 1, 0) // TCL_WARMUP_ITERATIONS
+        return base if done >= steps and (steps or iteration) else start + done * (base - start) / max(steps, 1)
+    cosine = (1 + math.cos(math.pi * epoch / epochs)) / 2
+    return optim.min_learning_rate + (base - optim.min_learning_rate) * cosine
+
+
+def ramped_alpha(alpha: float, ramp_epochs: float, epochs_seen: float) -> float:
+    """alpha, rising linearly from 0 over the first `ramp_epochs` epochs (TCL spec 2.6)."""
+    return alpha * min(1.0, epochs_seen / ramp_epochs) if ramp_epochs > 0 else alpha

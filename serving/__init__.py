@@ -1,0 +1,1 @@
+"""Online embedding and search (Ray Serve); its issue is not built yet."""

@@ -1,0 +1,1 @@
+"""Sweeps, comparison and promotion (Ray Tune); its issue is not built yet."""
