@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from clipart_captions import COMMON, Entry, captions, read_entries, words_of
@@ -169,7 +170,7 @@ def build(folder: Path, out: str) -> dict[str, int]:
     parts = divide(families(pairs), len(pairs))
     for split, indices in parts.items():
         chosen = [pairs[index] for index in indices]
-        columns = {
+        columns: dict[str, list[Any]] = {
             "image": [pair.image for pair in chosen],
             "caption": [pair.caption for pair in chosen],
             "id": [pair.entry.name for pair in chosen],

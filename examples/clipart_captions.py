@@ -149,7 +149,7 @@ def _new_keywords(entry: Entry, said: str) -> list[str]:
         fresh = {_stem(word) for word in words_of(words)} - known
         author = any(words in name.lower() or name.lower() in words for name in entry.authors)
         dull = author or words in _EMPTY_WORDS or _NOT_SEEN.search(words) or not 2 < len(words) < 20
-        if fresh and not dull:
+        if fresh and not dull and words not in said.lower().replace(" ", ""):  # "guineabissau"
             chosen.append(words)
             known |= fresh
     return chosen[:_KEYWORDS]

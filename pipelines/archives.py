@@ -87,8 +87,8 @@ def _sample(unit: Unit, ordinal: int, key: str, files: dict[str, Member], data: 
         *(content(files[name]) if name in files else None for name in ("txt", "json"))
     )
     if image is None:
-        lacks = "no image" if captions or reason else "no image and no caption"
-        reason, detail = "missing_member", lacks
+        detail = "no image and no caption" if reason == "missing_member" else "no image"
+        reason = "missing_member"
     return Sample(
         unit.unit,
         ordinal,

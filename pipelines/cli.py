@@ -121,9 +121,9 @@ def data(words: Sequence[str]) -> int:
         counts = synthesize(options.pop("out"), **options)
         _print("\n".join(f"{split}  {count:,} pairs" for split, count in counts.items()))
         return DONE
-    from pipelines import inspect_data
+    from pipelines.inspect_data import index, lint, stats
 
-    _print(getattr(inspect_data, command)(options["uri"]))
+    _print({"index": index, "lint": lint, "stats": stats}[command](options["uri"]))
     return DONE
 
 

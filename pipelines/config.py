@@ -31,7 +31,7 @@ class PairsConfig(Config):
     crop_area_min: Annotated[float, Gt(0), Le(1)] = 0.2
     """Smallest share of the picture in a training crop."""
     augment: Literal["full", "light", "none"] = "full"
-    """full: the reference's chain; light: crop, jitter and flip; none: plain resize."""
+    """full: the reference's chain; light: crop and jitter; none: plain resize."""
     max_pixels: PositiveInt = 64_000_000
     """Pictures with more pixels are skipped before they are decoded."""
     min_side: PositiveInt = 4
@@ -180,9 +180,15 @@ def _tiny(preset: str, objective: ObjectiveConfig) -> ExperimentConfig:
             fusion=FusionConfig(layers=2),
             embed_dim=64,
         ),
-        objective=objective.override({"teacher.momentum": 0.95, "queue.size": 4096}),
-        pairs=PairsConfig(augment="light", crop_area_min=0.5),
-        optim=OptimConfig(learning_rate=1e-3, batch_size=64, epochs=3, min_samples=48_000),
+        objective=objective.override(
+            {
+                "teacher.momentum": 0.95,  # a few hundred steps: the papers' 0.995 would never catch up
+                "queue.size": 4096,
+                "temperature.learn": False,  # learnt at this rate it falls to a third and spoils the early steps
+            }
+        ),
+        pairs=PairsConfig(augment="light", crop_area_min=0.9),
+        optim=OptimConfig(learning_rate=3e-3, batch_size=64, epochs=3, min_samples=40_000),
         validation=ValidationConfig(rerank_top=16),
     )
 

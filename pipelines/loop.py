@@ -135,7 +135,7 @@ class Run:
         return {"step": self.progress.step, "samples": self.progress.seen, "metrics": self.metrics}
 
     def _next_rows(self) -> tuple[Counts, Rows | None]:
-        """This worker's next rows of the epoch, and what all workers have: none anywhere means that the epoch is over."""
+        """This worker's next rows of the epoch, and what all workers have: none anywhere ends the epoch."""
         with self.meter.waiting():
             rows = self.stream.next_rows(self.progress.position.epoch)
         mine = (len(rows), rows.good, rows.longest) if rows else (0, 0, 0)
@@ -188,7 +188,8 @@ class Run:
         count, good = self.job.manifest.count, self.progress.epoch_good
         if good + skipped != count:
             raise TrainingStopped(
-                f"epoch {self.progress.position.epoch}: {count} samples in the manifest, {good} trained, {skipped} skipped"
+                f"epoch {self.progress.position.epoch}: {count} samples in the manifest, but {good} trained and "
+                f"{skipped} skipped"
             )
         share = skipped / count
         if share > self.experiment.pairs.max_skipped:
@@ -203,7 +204,7 @@ class Run:
         self._report_step(self.state.optimizer.param_groups[0]["lr"], self.experiment.objective.alpha)
         started = time.perf_counter()
         scores = self.validation.score(self.state.model)
-        self.metrics |= scores | {"perf/validation_seconds": time.perf_counter() - started}
+        self.metrics |= scores | {"step": self.progress.step, "perf/validation_seconds": time.perf_counter() - started}
         self._tell("validation", scores)
         self._gather_position()
         self.records.gather(self.workers, self.device)

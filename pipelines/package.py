@@ -155,7 +155,7 @@ def model_card(package: Path, experiment: ExperimentConfig, metrics: dict[str, f
     (package / "README.md").write_text(
         f"# {experiment.name}\n\n"
         f"An image and text encoder trained with Triptych (preset `{experiment.preset}`), embedding space `{space}`.\n"
-        f"Images are resized to {experiment.encoder.vision.image_size} x {experiment.encoder.vision.image_size} pixels; "
+        f"Images are resized to {experiment.encoder.vision.image_size} pixels square; "
         f"captions are cleaned and cut to {experiment.encoder.text.max_tokens} tokens; vectors have "
         f"{experiment.encoder.embed_dim} numbers and length 1.\n\n"
         f"Trained on `{experiment.train_data}`. Scores on `{experiment.val_data}`: recall as fractions, first stage by "

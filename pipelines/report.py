@@ -78,7 +78,8 @@ def _recall_note(metrics: Mapping[str, float]) -> str:
         return ""
     note = f"{int(metrics['captions']):,} captions and {int(metrics['images']):,} pictures that training never saw."
     if metrics.get("rerank_queries") and metrics.get("rerank_top"):
-        note += f" Re-ranked: the first {int(metrics['rerank_top'])} candidates of {int(metrics['rerank_queries']):,} queries."
+        top, queries = int(metrics["rerank_top"]), int(metrics["rerank_queries"])
+        note += f" Re-ranked: the first {top} candidates of {queries:,} queries."
     return f"<p>{note}</p>"
 
 

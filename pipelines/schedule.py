@@ -9,7 +9,7 @@ TCL_WARMUP_ITERATIONS = 100
 
 
 def cosine_rate(optim: OptimConfig, progress: float) -> float:
-    """Rate at `progress` (samples seen over samples planned): linear warm-up, then half a cosine down to the last rate."""
+    """Rate at `progress` (samples seen over planned): linear warm-up, then half a cosine down to the last rate."""
     if progress < optim.warmup:
         return optim.learning_rate * progress / optim.warmup
     share = min((progress - optim.warmup) / (1 - optim.warmup), 1.0)
@@ -21,8 +21,8 @@ def cosine_rate(optim: OptimConfig, progress: float) -> float:
 def tcl_rate(optim: OptimConfig, epoch: int, iteration: int, epochs: float) -> float:
     """The reference's rate of iteration `iteration` of epoch `epoch`, both from 0 (TCL spec 5).
 
-    Epoch 0 climbs a step each 100 iterations (the step after iteration 100 k is used from 100 k + 1 on); later epochs each
-    have one value of the cosine.
+    Epoch 0 climbs a step each 100 iterations (the step after iteration 100 k is used from 100 k + 1 on); later epochs
+    each have one value of the cosine.
     """
     base, start, steps = optim.learning_rate, optim.warmup_learning_rate, optim.warmup_epochs
     if epoch == 0:

@@ -20,17 +20,17 @@ import pyarrow.fs as pafs
 from models.config import InputError
 
 _ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_DEFAULT_REGION", "AWS_REGION")
-_KINDS = (  # what an error's text holds, what it means, what to do
-    (
-        r"NO_SUCH_BUCKET|NoSuchBucket|bucket .*not.*(?:exist|found)",
-        "no such bucket",
-        "check the name, and AWS_ENDPOINT_URL",
-    ),
+_KINDS = (  # what an error's text holds, what it means, what to do; the first that fits counts
     (
         r"ACCESS_DENIED|AccessDenied|HTTP status 40[13]|SIGNATURE|Signature|INVALID_ACCESS_KEY|InvalidAccessKey|"
         r"Forbidden|\(40[13]\)|Unable to locate credentials|[Pp]ermission denied|Operation not permitted",
         "no permission",
         "check the credentials (AWS_* for s3) or the file's rights",
+    ),
+    (
+        r"NO_SUCH_BUCKET|NoSuchBucket|bucket .*not.*(?:exist|found)",
+        "no such bucket",
+        "check the name, and AWS_ENDPOINT_URL",
     ),
     (
         r"NO_SUCH_KEY|NoSuchKey|RESOURCE_NOT_FOUND|No such file|does not exist|HTTP status 404|\(404\)",
@@ -146,7 +146,7 @@ def read_bytes(uri: str, offset: int = 0, length: int | None = None) -> bytes:
     with open_input(uri) as file, errors_about(uri):
         size = file.size()
         wanted = max(0, size - offset if length is None else min(length, size - offset))
-        return bytes(file.read_at(wanted, offset))
+        return bytes(file.read_at(wanted, offset)) if wanted else b""
 
 
 def write_bytes(uri: str, data: bytes) -> None:

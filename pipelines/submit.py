@@ -41,7 +41,7 @@ STOPPED_WITHIN_S = 30.0
 def submit(command: Sequence[str], address: str = "", entrypoint: Sequence[str] = ENTRYPOINT) -> int:
     """Runs `command` (`train tcl-tiny ...`) on the cluster, its log on standard error; returns the job's exit code.
 
-    `address` is the dashboard's, RAY_ADDRESS where empty. Ctrl-C stops the job and gives 1. Raises InputError for an
+    `address` is the dashboard's, RAY_ADDRESS where empty. Ctrl-C stops the job and gives 130. Raises InputError for an
     address where nothing answers or a token is wanted, and for paths and addresses that the job would not see.
     """
     if not command:
@@ -161,7 +161,7 @@ def _exit_code(details: JobDetails) -> int:
 
 
 def _stop(client: JobSubmissionClient, job: str) -> int:
-    """Stops the job and waits for its end; a stopped job has failed: 1."""
+    """Stops the job and waits for its end; 130, what a shell gives for Ctrl-C."""
     logger.warning("stopping job %s", job)
     try:
         client.stop_job(job)
@@ -170,4 +170,4 @@ def _stop(client: JobSubmissionClient, job: str) -> int:
             time.sleep(0.5)
     except (OSError, RuntimeError) as error:
         logger.error("job %s may still be running: %s", job, reason(error))
-    return 1
+    return 130

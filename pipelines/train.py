@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train import TrainingFailedError
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from models.checkpoint import verify_files, write_files_json
@@ -223,7 +222,7 @@ def _train(job: Job, run: str) -> None:
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": 1.0} if compute.gpus else {})
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config=job,  # type: ignore[arg-type]
+        train_loop_config=job,
         scaling_config=ScalingConfig(num_workers=compute.workers, use_gpu=compute.gpus, resources_per_worker=resources),
         torch_config=TorchConfig(backend="nccl" if compute.gpus else "gloo", timeout_s=600),
         run_config=RunConfig(
@@ -263,7 +262,7 @@ def _why(error: TrainingFailedError) -> str:
 
 
 def finish_run(experiment: ExperimentConfig, run: str, tracker: Tracker | None) -> dict[str, float]:
-    """Package the best checkpoint, score the package on all validation data, and leave both in run folder and MLflow."""
+    """Package the best checkpoint, score the package on all validation data, leave both in run folder and MLflow."""
     best = best_checkpoint(run)
     logger.info("packaging %s and scoring it on %s", best.uri.rsplit("/", 1)[-1], experiment.val_data)
     with tempfile.TemporaryDirectory() as scratch:
@@ -280,7 +279,7 @@ def finish_run(experiment: ExperimentConfig, run: str, tracker: Tracker | None) 
         storage.upload(str(package), storage.join(run, "package"))
         storage.write_bytes(storage.join(run, "metrics.json"), text.encode())
         if tracker is not None:
-            tracker.log({f"final/{name.removeprefix('val/')}": value for name, value in metrics.items()}, 0)
+            tracker.log(metrics, int(listed_checkpoints(run)[-1].metrics["step"]))
             tracker.log_artifacts(str(package), "package")
     return metrics
 

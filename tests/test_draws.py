@@ -82,7 +82,7 @@ def test_hashes_are_signed_64_bit_and_differ():
 def test_whole_numbers_of_any_kind_hash_alike():
     expected = draws.hash64(1, 2)
     assert draws.hash64(np.int32(1), np.int64(2)) == draws.hash64(torch.tensor(1), np.uint8(2)) == expected
-    with pytest.raises(Exception, match="float|Type-check"):  # TypeError, or the checker's own
+    with pytest.raises(Exception, match=r"float|Type-check"):  # TypeError, or the checker's own
         draws.hash64(1.5)
 
 

@@ -1,0 +1,143 @@
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from tracked import history, run_of
+
+from pipelines import tracking
+from pipelines.tracking import EXPERIMENT, Tracker
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:mlflow.*", "ignore::DeprecationWarning:sqlalchemy.*"
+)
+
+
+class Gate:
+    """A TCP relay in front of a server: closed, it refuses connections, as a stopped server does."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self.port = 0
+        self.open()
+
+    def open(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=[self._listener], daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for pair in self._pairs:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+        self._pairs.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._target))
+            self._pairs.append((client, server))
+            for source, sink in ((client, server), (server, client)):
+                threading.Thread(target=self._copy, args=[source, sink], daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory) -> Iterator[Gate]:
+    """A real MLflow server, on a file of its own, behind a gate."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///server.db", "--workers", "1"]
+    command += ["--artifacts-destination", "./artifacts", "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "log").open("w") as log:
+        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "log").read_text()
+                time.sleep(0.5)
+        yield Gate(port)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_a_server_that_is_away_for_seconds_delays_and_loses_nothing(gate, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.WARNING)
+    tracker = Tracker.start(f"http://127.0.0.1:{gate.port}", EXPERIMENT, "away", {"seed": "0"}, {})
+    slowest = 0.0
+    for step in range(200):
+        if step == 50:
+            gate.close()
+        if step == 170:
+            gate.open()
+        started = time.monotonic()
+        tracker.log({"train/loss/cma": step / 7, "train/loss/mlm": 1.0}, step)
+        slowest = max(slowest, time.monotonic() - started)
+        time.sleep(0.02)
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "model.safetensors").write_bytes(bytes(1000))
+    assert tracker.log_artifacts(str(package), "package")
+    assert tracker.finish() == 0 and slowest < 0.5
+    uri = f"http://127.0.0.1:{gate.port}"
+    assert history(uri, tracker.run_id, "train/loss/cma") == [(step, step / 7) for step in range(200)]
+    assert len(history(uri, tracker.run_id, "train/loss/mlm")) == 200
+    assert run_of(uri, tracker.run_id).info.status == "FINISHED"
+    assert sum("points are kept" in record.message for record in caplog.records) == 1
+
+
+def test_points_that_are_left_at_the_end_are_kept_in_a_file_and_sent_later(gate, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    uri = f"http://127.0.0.1:{gate.port}"
+    first = Tracker.start(uri, EXPERIMENT, "late", {}, {})
+    gate.close()
+    first.log({"train/loss/cma": 1.0}, 1)
+    assert not first.log_artifacts(str(tmp_path), "package", patience=0)
+    assert first.finish("KILLED", limit=0.5) == 1
+    unsent = tmp_path / f"mlflow-unsent-{first.run_id}.jsonl"
+    assert str(unsent) in caplog.text and json.loads(unsent.read_text())[0] == "train/loss/cma"
+
+    second = Tracker.start(uri, EXPERIMENT, "late", {"seed": "7"}, {}, first.run_id)  # the server is still away
+    second.log({"train/loss/cma": 2.0}, 2)
+    assert second.finish("KILLED", limit=0.5) == 2
+
+    gate.open()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(sys, "argv", ["tracking", str(unsent), "KILLED"])
+    with pytest.raises(SystemExit) as ended:
+        tracking.main()
+    assert ended.value.code == 0 and not unsent.exists()
+    assert history(uri, first.run_id, "train/loss/cma") == [(1, 1.0), (2, 2.0)]
+    assert run_of(uri, first.run_id).info.status == "KILLED"

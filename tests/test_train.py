@@ -1,0 +1,288 @@
+"""The main job end to end on real parts: Ray Data, Ray Train, an S3 server, MLflow; and what dies on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from models.checkpoint import FILES, load_package, verify_files
+from models.config import InputError
+from pipelines.cli import main
+from pipelines.config import PRESETS, ExperimentConfig
+from pipelines.evaluate import evaluate_model
+from pipelines.manifest import Manifest, build_manifest
+from pipelines.package import best_checkpoint, listed_checkpoints, local_copy
+from pipelines.synthetic import synthesize
+from pipelines.train import FitResult, fit
+
+PAIRS = 240
+SMALL = {
+    "optim.min_samples": 0,
+    "optim.batch_size": 32,
+    "checkpoints.every": 0.25,
+    "validation.pairs": 100,
+    "objective.queue.size": 128,
+    "progress.every": 1,
+    "pairs.record_ids": True,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A generated corpus with a few broken pairs."""
+    folder = tmp_path_factory.mktemp("corpus") / "data"
+    synthesize(str(folder), pairs=PAIRS, broken=0.05, image_size=32)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_folder(tmp_path_factory):
+    """MLflow's default file lands in a folder of the module's own."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
+
+
+def experiment(preset: str, corpus: Path | str, out: Path | str, **changes: object) -> ExperimentConfig:
+    paths = {"train_data": f"{corpus}/train", "val_data": f"{corpus}/val", "out": str(out)}
+    return PRESETS[preset].override(SMALL | paths | changes)
+
+
+def kill_one_worker_after_a_checkpoint(run: Path) -> threading.Thread:
+    """Sends SIGKILL to one training worker as soon as the run has registered a checkpoint."""
+
+    def work() -> None:
+        deadline = time.monotonic() + 150
+        while time.monotonic() < deadline and not listed_checkpoints(str(run)):
+            time.sleep(0.05)
+        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+        workers[-1].send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def trained_ids(run: str) -> Counter:
+    """How often each (epoch, sample) stands in the lineage of the run's latest checkpoint."""
+    with local_copy(listed_checkpoints(run)[-1].uri) as folder:
+        rows = pq.read_table(folder / "ids.parquet").to_pylist()
+    return Counter((row["epoch"], row["sample_id"]) for row in rows)
+
+
+def expected_ids(run: str, epochs: int) -> set[tuple[int, str]]:
+    """All good samples of each epoch: the manifest without what the ledger names."""
+    manifest = Manifest.load(f"{run}/manifest.parquet")
+    every = {f"{unit.unit}-{ordinal}" for unit in manifest.units for ordinal in range(unit.count)}
+    with local_copy(listed_checkpoints(run)[-1].uri) as folder:
+        skipped = {(row["epoch"], row["sample_id"]) for row in pq.read_table(folder / "skipped.parquet").to_pylist()}
+    return {(epoch, sample) for epoch in range(epochs) for sample in every} - skipped
+
+
+@pytest.fixture(scope="module")
+def finished(ray_local, corpus, tmp_path_factory) -> FitResult:
+    """Two epochs of `tcl-tiny` on two workers, one of which is killed on the way."""
+    out = tmp_path_factory.mktemp("out")
+    killer = kill_one_worker_after_a_checkpoint(out / "killed")
+    changes = {"name": "killed", "compute.workers": 2, "optim.epochs": 4}
+    result = fit(experiment("tcl-tiny", corpus, out, **changes))
+    killer.join()
+    return result
+
+
+def test_a_killed_worker_costs_no_sample_and_none_is_trained_twice(finished):
+    counts = trained_ids(finished.run_folder)
+    assert set(counts) == expected_ids(finished.run_folder, epochs=4)
+    assert set(counts.values()) == {1}
+    steps = [event["step"] for event in finished.history if event["kind"] == "step"]
+    assert len(steps) > len(set(steps)), "the killed worker's work was done again, so some steps were reported twice"
+
+
+def test_skipped_samples_are_in_the_ledger_with_their_reason(finished):
+    rows = pq.read_table(f"{finished.run_folder}/skipped.parquet").to_pylist()
+    assert Counter(row["epoch"] for row in rows) == {epoch: round(0.05 * PAIRS) for epoch in range(4)}
+    assert {row["reason"] for row in rows} == {"unreadable", "empty_caption"}
+    assert all(row["id"] and "#row=" in row["uri"] for row in rows)
+
+
+def test_the_run_folder_is_complete(finished):
+    run = Path(finished.run_folder)
+    names = {"config.json", "checkpoints", "package", "metrics.json", "skipped.parquet", "manifest.parquet"}
+    assert names <= {path.name for path in run.iterdir()}
+    checkpoint = Path(best_checkpoint(str(run)).uri)
+    verify_files(checkpoint, "checkpoint")
+    contents = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert contents == {
+        *("config.json", "model.safetensors", "teacher.safetensors", "position.json", "tokenizer.json", "metrics.json"),
+        *("preprocessor_config.json", "skipped.parquet", "ids.parquet", FILES),
+        *(f"state/{name}" for name in ("optimizer.safetensors", "queues.safetensors", "generators.safetensors")),
+        "state/counters.json",
+    }
+    assert ExperimentConfig.model_validate_json((run / "config.json").read_text()).preset == "tcl-tiny"
+
+
+def test_metrics_are_those_of_the_packaged_model(finished, corpus):
+    stored = json.loads(Path(finished.run_folder, "metrics.json").read_text())
+    assert stored == finished.metrics
+    names = [f"val/{side}_retrieval_recall_at_{k}" for side in ("image", "text") for k in (1, 5, 10)]
+    assert set(names) | {f"{name}_reranked" for name in names} <= set(stored)
+    package = load_package(Path(finished.run_folder) / "package")
+    assert package.metrics == stored
+    again = evaluate_model(f"{finished.run_folder}/package", f"{corpus}/val")
+    assert {f"val/{name}": value for name, value in again.items()} == pytest.approx(stored)
+
+
+def test_mlflow_has_the_run(finished):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+    run = client.get_run(finished.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.batch_size"] == "32"
+    assert run.data.tags["triptych.preset"] == "tcl-tiny" and run.data.tags["triptych.manifest"]
+    points = client.get_metric_history(finished.mlflow_run_id, "train/loss/cma")
+    assert {point.step for point in points} == set(range(1, max(point.step for point in points) + 1))
+    assert run.data.metrics["val/image_retrieval_recall_at_1"] == finished.metrics["val/image_retrieval_recall_at_1"]
+    assert {artifact.path for artifact in client.list_artifacts(finished.mlflow_run_id)} == {"package"}
+
+
+def test_an_existing_run_is_refused_and_a_damaged_checkpoint_named(finished, corpus, capsys):
+    out = Path(finished.run_folder).parent
+    with pytest.raises(InputError, match="--resume"):
+        fit(experiment("tcl-tiny", corpus, out, name="killed"))
+    weights = Path(listed_checkpoints(finished.run_folder)[-1].uri) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    try:
+        changes = {"name": "killed", "compute.workers": 2, "optim.epochs": 4}
+        with pytest.raises(InputError, match=r"model\.safetensors is missing or damaged"):
+            fit(experiment("tcl-tiny", corpus, out, **changes), resume=True)
+        assert main(["evaluate", str(weights.parent), "--data", f"{corpus}/val"]) == 1
+        assert one_line(capsys).startswith("triptych: ")
+    finally:
+        weights.write_bytes(whole)
+
+
+def test_s3_gives_the_same_sample_ids_as_the_local_folder(ray_local, s3, corpus):
+    bucket = s3.bucket()
+    for split in ("train", "val"):
+        for file in (corpus / split).iterdir():
+            from pipelines import storage
+
+            storage.write_bytes(f"{bucket}/data/{split}/{file.name}", file.read_bytes())
+    result = fit(experiment("clip-tiny", f"{bucket}/data", f"{bucket}/runs", name="s3", **{"optim.epochs": 1}))
+    assert result.run_folder == f"{bucket}/runs/s3"
+    counts = trained_ids(result.run_folder)
+    local = build_manifest(f"{corpus}/train", PRESETS["clip-tiny"].pairs)
+    remote = Manifest.load(f"{result.run_folder}/manifest.parquet")
+    assert [(u.unit, u.first, u.count) for u in remote.units] == [(u.unit, u.first, u.count) for u in local.units]
+    assert set(counts) == expected_ids(result.run_folder, epochs=1) and set(counts.values()) == {1}
+    assert set(evaluate_model(result.run_folder, f"{bucket}/data/val")) >= {"image_retrieval_recall_at_1"}
+
+
+def test_a_killed_driver_goes_on_by_hand_with_another_number_of_workers(corpus, tmp_path):
+    command = [sys.executable, "-m", "pipelines.cli", "train", "clip-tiny", "--train-data", f"{corpus}/train"]
+    command += ["--val-data", f"{corpus}/val", "--out", str(tmp_path), "--name", "by-hand", "--optim.epochs", "40"]
+    command += ["--optim.batch-size", "8", "--checkpoints.every", "0.1", "--pairs.record-ids"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "RAY_TMPDIR": "/tmp"}
+    environment.pop("RAY_ADDRESS", None)
+    run = str(tmp_path / "by-hand")
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as driver:
+        deadline = time.monotonic() + 200
+        while not listed_checkpoints(run) and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert driver.poll() is None, "the run ended before it could be killed"
+        os.killpg(driver.pid, signal.SIGKILL)
+    before = json.loads(Path(listed_checkpoints(run)[-1].uri, "state", "counters.json").read_text())["progress"]["seen"]
+    again = [*command, "--resume", "--compute.workers", "2"]
+    finished = subprocess.run(again, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert finished.returncode == 0, finished.stderr
+    assert 0 < before < 40 * PAIRS
+    counts = trained_ids(run)
+    assert set(counts) == expected_ids(run, epochs=40) and set(counts.values()) == {1}
+
+
+def one_line(capsys) -> str:
+    """The one line of standard error."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("triptych: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def train_words(train: str, val: str, out: str, *more: str, preset: str = "tcl-tiny") -> list[str]:
+    return ["train", preset, "--train-data", train, "--val-data", val, "--out", out, *more]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["train", "tcl-huge"], 2, "unknown preset 'tcl-huge'"),
+        (["train", "tcl-tiny", "--optim.learning-rates", "1"], 2, "did you mean --optim.learning-rate"),
+        (["train", "tcl-tiny", "--optim.learning-rate", "fast"], 2, "--optim.learning-rate fast"),
+        (["train", "tcl-tiny", "--optim.learning-rate", "-1"], 2, "--optim.learning-rate -1"),
+        (["train", "tcl-tiny", "--val-data", "x", "--out", "y"], 1, "--train-data is missing"),
+        (["paint"], 2, "unknown command 'paint'"),
+        (["evaluate"], 2, "MODEL"),
+        (["evaluate", "nowhere", "--data", "x"], 1, "nowhere"),
+        (["data", "stats", "nowhere"], 1, "nowhere"),
+    ],
+)
+def test_wrong_usage_is_one_line(words, code, says, capsys):
+    assert main(words) == code
+    assert says in one_line(capsys)
+
+
+def test_bad_data_is_one_line_and_leaves_nothing(s3, corpus, tmp_path, write_pairs, capsys):
+    val, out = f"{corpus}/val", str(tmp_path / "runs")
+    (tmp_path / "empty").mkdir()
+    pq.write_table(pq.read_table(f"{corpus}/val").rename_columns(["a", "b", "c", "d"]), tmp_path / "columns.parquet")
+    cases = {
+        "/no/such/folder": "no such",
+        "s3://no-such-bucket-here/train": "no such bucket",
+        str(tmp_path / "empty"): "empty",
+        str(tmp_path / "columns.parquet"): "image",
+    }
+    for train, says in cases.items():
+        assert main(train_words(train, val, out)) == 1
+        line = one_line(capsys)
+        assert train in line and says in line, line
+    assert not Path(out).exists()
+
+
+def test_a_refused_bucket_is_one_line(s3, corpus, tmp_path, capsys):
+    bucket = s3.bucket()
+    s3.require_signatures(True)
+    try:
+        assert main(train_words(f"{bucket}/train", f"{corpus}/val", str(tmp_path))) == 1
+        assert "no permission" in one_line(capsys)
+    finally:
+        s3.require_signatures(False)
+
+
+def test_an_unwritable_output_is_one_line(corpus, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(train_words(f"{corpus}/train", f"{corpus}/val", str(tmp_path / "file"))) == 1
+    assert str(tmp_path / "file") in one_line(capsys)
+
+
+def test_more_workers_than_the_cluster_can_give(ray_local, corpus, tmp_path, capsys):
+    words = train_words(f"{corpus}/train", f"{corpus}/val", str(tmp_path), "--compute.workers", "12")
+    assert main(words) == 1
+    assert "--compute.workers 12" in one_line(capsys)
+
+
+def test_a_non_finite_loss_stops_with_its_term(ray_local, corpus, tmp_path, capsys):
+    words = ["--optim.learning-rate", "1e30", "--optim.clip-norm", "0", "--optim.epochs", "2", "--progress.every", "1"]
+    assert main(train_words(f"{corpus}/train", f"{corpus}/val", str(tmp_path), *words, preset="tcl-dual-tiny")) == 1
+    line = one_line(capsys)
+    assert "is not finite" in line and "cma" in line
