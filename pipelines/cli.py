@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from models.config import InputError
 from pipelines.flags import UsageError, flag_help, parse_flags
@@ -15,7 +15,10 @@ DONE, FAILED, USAGE = 0, 1, 2
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line, and which takes no shortened options."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError with the line."""
@@ -175,7 +178,8 @@ def _print(text: str) -> None:
 
 
 def _complain(error: object, code: int) -> int:
-    sys.stderr.write(f"triptych: {str(error).splitlines()[0] if str(error) else error!r}\n")
+    line = (str(error) or repr(error)).splitlines()[0]
+    sys.stderr.write(f"triptych: {line}\n")
     return code
 
 

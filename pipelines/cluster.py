@@ -9,7 +9,19 @@ import ray
 from models.config import InputError
 from pipelines.lineage import ROOT
 
-EXCLUDES = [".git/", ".venv/", "demo/", "runs/", "data/", "mlruns/", "mlflow.db", "*.parquet", "*.tar", "tests/golden/"]
+EXCLUDES = [
+    ".git/",
+    ".venv/",
+    "demo/",
+    "runs/",
+    "data/",
+    "mlruns/",
+    "mlflow.db",
+    "mlflow-unsent-*.jsonl",
+    "*.parquet",
+    "*.tar",
+    "tests/golden/",
+]
 """What of the checkout workers do not need."""
 
 SETTINGS = {

@@ -78,6 +78,8 @@ def ray_local(s3: ObjectStore) -> Iterator[None]:
     """Ray on this machine with two slots; its workers reach the S3 server."""
     import ray
 
+    here = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))  # functions of tests
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
         ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False, logging_level="warning")
         yield

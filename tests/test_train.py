@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -65,12 +64,21 @@ def kill_one_worker_after_a_checkpoint(run: Path) -> threading.Thread:
         deadline = time.monotonic() + 150
         while time.monotonic() < deadline and not listed_checkpoints(str(run)):
             time.sleep(0.05)
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-        workers[-1].send_signal(signal.SIGKILL)
+        os.kill(ray_processes("RayTrainWorker")[-1], signal.SIGKILL)
 
     thread = threading.Thread(target=work)
     thread.start()
     return thread
+
+
+def ray_processes(kind: str) -> list[int]:
+    """Ids of the Ray processes of one kind that descend from this one (other Rays on the machine are left alone)."""
+    listing = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    table = [(int(line.split()[0]), int(line.split()[1]), line) for line in listing.splitlines()]
+    family = {os.getpid()}
+    for _ in range(5):
+        family |= {pid for pid, parent, _ in table if parent in family}
+    return [pid for pid, _, line in table if pid in family and f"ray::{kind}" in line]
 
 
 def trained_ids(run: str) -> Counter:
