@@ -22,10 +22,6 @@ class Workers(Protocol):
         """Sum over workers, in place and returned; bit-identical on all of them."""
         ...
 
-    def all_reduce_max(self, value: Tensor) -> Tensor:
-        """Maximum over workers, in place and returned."""
-        ...
-
     def row_counts(self, count: int) -> list[int]:
         """How many rows each worker has in this step, by rank, where this one has `count`."""
         ...
@@ -46,10 +42,6 @@ class SoloWorkers:
     world_size = 1
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
-        """The value itself."""
-        return value
-
-    def all_reduce_max(self, value: Tensor) -> Tensor:
         """The value itself."""
         return value
 
@@ -76,11 +68,6 @@ class DistributedWorkers:
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """Sum over workers, in place."""
         dist.all_reduce(value, dist.ReduceOp.SUM)
-        return value
-
-    def all_reduce_max(self, value: Tensor) -> Tensor:
-        """Maximum over workers, in place."""
-        dist.all_reduce(value, dist.ReduceOp.MAX)
         return value
 
     def row_counts(self, count: int) -> list[int]:

@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which takes no shortened options."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, allow_abbrev=False, **options)
+        super().__init__(*arguments, **options | {"allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError with the line."""

@@ -85,12 +85,10 @@ def explain(uri: str, error: Exception) -> InputError:
 
 @contextmanager
 def errors_about(uri: str) -> Iterator[None]:
-    """Turn what file systems and boto3 raise into InputError."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
+    """Turn what file systems raise into InputError."""
     try:
         yield
-    except (OSError, pa.ArrowException, BotoCoreError, ClientError) as error:
+    except (OSError, pa.ArrowException) as error:
         raise explain(uri, error) from error
 
 
@@ -199,10 +197,14 @@ def _list_files(root: str) -> list[tuple[str, FileInfo]]:
 
 def _list_s3(root: str) -> list[tuple[str, FileInfo]]:
     """(name below root, file) of an s3 prefix; InputError where there is no such key or prefix."""
+    from botocore.exceptions import BotoCoreError, ClientError  # only whoever lists s3 waits for boto3
+
     bucket, _, prefix = root.removeprefix("s3://").partition("/")
-    with errors_about(root):
+    try:
         pages = _s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         entries = [entry for page in pages for entry in page.get("Contents", [])]
+    except (BotoCoreError, ClientError) as error:
+        raise explain(root, error) from error
     if prefix:  # without neighbours whose names begin alike
         entries = [entry for entry in entries if entry["Key"] == prefix or entry["Key"].startswith(f"{prefix}/")]
         if not entries:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 
-def on_ranks(jobs: list[tuple[int, Callable[..., Any], tuple[Any, ...]]], timeout: float = 120.0) -> list[list[Any]]:
+def on_ranks(jobs: list[tuple[int, Callable[..., Any], tuple[Any, ...]]], timeout: float = 280.0) -> list[list[Any]]:
     """Run each (world size, function, arguments) in turn, all in one set of processes; results by job, then by rank.
 
     Functions must be importable by name and take the place of their rank from torch.distributed. Raises AssertionError
@@ -59,7 +59,7 @@ def _rank(rank: int, jobs: list[tuple[int, Callable[..., Any], tuple[Any, ...]]]
                 init_method=f"file://{folder}/store-{number}",
                 rank=rank,
                 world_size=size,
-                timeout=datetime.timedelta(seconds=60),
+                timeout=datetime.timedelta(seconds=200),
             )
             torch.save(function(*arguments), Path(folder) / f"{number}-{rank}.pt")
             dist.destroy_process_group()

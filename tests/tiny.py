@@ -40,7 +40,7 @@ def objective(preset: str, **changes) -> ObjectiveConfig:
     name = "clip" if preset == "sigmoid" else preset
     kind = {"cma.kind": "sigmoid"} if preset == "sigmoid" else {}
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    return PRESETS[f"{name}-tiny"].objective.override({"queue.size": 7, "mlm_probability": 0.4} | kind | dotted)
+    return PRESETS[f"{name}-base"].objective.override({"queue.size": 7, "mlm_probability": 0.4} | kind | dotted)
 
 
 def batch(rows: int, seed: int = 0, tokens: int = 6, dtype: torch.dtype = torch.float64) -> Batch:
