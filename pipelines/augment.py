@@ -44,20 +44,20 @@ def augment(
 ) -> Float[Tensor, "B 3 S S"]:
     """Normalised model input of one of the two views (0 or 1).
 
-    full: the whole chain; light: jitter alone (a flip belies captions that say left or right); none: normalise only.
+    full: the whole chain; light and none: normalise only. Light crops are all that pictures get whose captions speak of
+    colours and sides, which jitter and flips would belie.
     """
     levels = views.permute(0, 3, 1, 2).contiguous().float()
-    if kind != "none":
+    if kind == "full":
         # on the CPU, where choosing rows needs no wait for the device
         draws = uniform(keys.cpu(), COLOUR, 2 * _NUMBERS)[:, view * _NUMBERS : (view + 1) * _NUMBERS].float()
         _jitter(levels, draws[:, :9])
-        if kind == "full":
-            _change(levels, draws[:, 9] < GRAY, lambda some, _: gray(some).expand(-1, 3, -1, -1))
-            radius = BLUR_RADIUS[0] + draws[:, 11] * (BLUR_RADIUS[1] - BLUR_RADIUS[0])
-            _change(levels, draws[:, 10] < BLUR, blur, radius)
-            _change(levels, draws[:, 12] < FLIP, lambda some, _: some.flip(3))
-            _random_operation(levels, draws[:, 13:16])
-            _random_operation(levels, draws[:, 16:19])
+        _change(levels, draws[:, 9] < GRAY, lambda some, _: gray(some).expand(-1, 3, -1, -1))
+        radius = BLUR_RADIUS[0] + draws[:, 11] * (BLUR_RADIUS[1] - BLUR_RADIUS[0])
+        _change(levels, draws[:, 10] < BLUR, blur, radius)
+        _change(levels, draws[:, 12] < FLIP, lambda some, _: some.flip(3))
+        _random_operation(levels, draws[:, 13:16])
+        _random_operation(levels, draws[:, 16:19])
     return normalize_levels(levels)
 
 

@@ -111,7 +111,7 @@ def data(words: Sequence[str]) -> int:
     synth.add_argument("--format", choices=["parquet", "webdataset"], default="parquet")
     synth.add_argument("--seed", type=int, default=0)
     for name, text in (
-        ("index", "write manifest.parquet beside the data and show its units"),
+        ("index", "write _manifest.parquet beside the data, which training then uses"),
         ("lint", "read every sample and list those that training would skip"),
         ("stats", "counts, bytes, sizes, caption lengths, duplicates"),
     ):

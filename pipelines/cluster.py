@@ -32,6 +32,7 @@ SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # ends, and registers checkpoints, sooner
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_num_workers_soft_limit": "6",  # idle processes that are kept: a new data task's takes seconds to start
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # glibc otherwise gives a tensor's memory back to the system at every step and asks for it again (10-20 % of a step)
     "MALLOC_MMAP_THRESHOLD_": str(64 * 2**20),

@@ -31,7 +31,7 @@ class PairsConfig(Config):
     crop_area_min: Annotated[float, Gt(0), Le(1)] = 0.2
     """Smallest share of the picture in a training crop."""
     augment: Literal["full", "light", "none"] = "full"
-    """full: the reference's chain; light: crop and jitter; none: plain resize."""
+    """full: the reference's chain; light: crops only, so that colours and sides stay true; none: plain resize."""
     max_pixels: PositiveInt = 64_000_000
     """Pictures with more pixels are skipped before they are decoded."""
     min_side: PositiveInt = 4

@@ -24,6 +24,8 @@ from pipelines.synthetic import synthesize
 from pipelines.train import FitResult, fit
 
 PAIRS = 240
+EPOCHS = 6
+KILLED = {"name": "killed", "compute.workers": 2, "optim.epochs": EPOCHS, "optim.batch_size": 16}
 SMALL = {
     "optim.min_samples": 0,
     "optim.batch_size": 32,
@@ -57,18 +59,21 @@ def experiment(preset: str, corpus: Path | str, out: Path | str, **changes: obje
     return PRESETS[preset].override(SMALL | paths | changes)
 
 
-def kill_one_worker_after_a_checkpoint(run: Path) -> threading.Thread:
-    """Sends SIGKILL to one training worker as soon as the run has registered a checkpoint."""
+def kill_one_worker_after_a_checkpoint(run: Path) -> tuple[threading.Thread, list[int]]:
+    """Sends SIGKILL to one training worker as soon as the run has registered a checkpoint; notes its process id."""
+    killed: list[int] = []
 
     def work() -> None:
         deadline = time.monotonic() + 150
         while time.monotonic() < deadline and not listed_checkpoints(str(run)):
             time.sleep(0.05)
-        os.kill(ray_processes("RayTrainWorker")[-1], signal.SIGKILL)
+        victim = ray_processes("RayTrainWorker")[-1]
+        os.kill(victim, signal.SIGKILL)
+        killed.append(victim)
 
     thread = threading.Thread(target=work)
     thread.start()
-    return thread
+    return thread, killed
 
 
 def ray_processes(kind: str) -> list[int]:
@@ -99,18 +104,18 @@ def expected_ids(run: str, epochs: int) -> set[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def finished(ray_local, corpus, tmp_path_factory) -> FitResult:
-    """Two epochs of `tcl-tiny` on two workers, one of which is killed on the way."""
+    """Epochs of `tcl-tiny` on two workers, one of which is killed on the way."""
     out = tmp_path_factory.mktemp("out")
-    killer = kill_one_worker_after_a_checkpoint(out / "killed")
-    changes = {"name": "killed", "compute.workers": 2, "optim.epochs": 4}
-    result = fit(experiment("tcl-tiny", corpus, out, **changes))
+    killer, killed = kill_one_worker_after_a_checkpoint(out / "killed")
+    result = fit(experiment("tcl-tiny", corpus, out, **KILLED))
     killer.join()
+    assert len(killed) == 1
     return result
 
 
 def test_a_killed_worker_costs_no_sample_and_none_is_trained_twice(finished):
     counts = trained_ids(finished.run_folder)
-    assert set(counts) == expected_ids(finished.run_folder, epochs=4)
+    assert set(counts) == expected_ids(finished.run_folder, EPOCHS)
     assert set(counts.values()) == {1}
     steps = [event["step"] for event in finished.history if event["kind"] == "step"]
     assert len(steps) > len(set(steps)), "the killed worker's work was done again, so some steps were reported twice"
@@ -118,7 +123,7 @@ def test_a_killed_worker_costs_no_sample_and_none_is_trained_twice(finished):
 
 def test_skipped_samples_are_in_the_ledger_with_their_reason(finished):
     rows = pq.read_table(f"{finished.run_folder}/skipped.parquet").to_pylist()
-    assert Counter(row["epoch"] for row in rows) == {epoch: round(0.05 * PAIRS) for epoch in range(4)}
+    assert Counter(row["epoch"] for row in rows) == {epoch: round(0.05 * PAIRS) for epoch in range(EPOCHS)}
     assert {row["reason"] for row in rows} == {"unreadable", "empty_caption"}
     assert all(row["id"] and "#row=" in row["uri"] for row in rows)
 
@@ -156,7 +161,7 @@ def test_mlflow_has_the_run(finished):
     client = mlflow.MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
     run = client.get_run(finished.mlflow_run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.params["optim.batch_size"] == "32"
+    assert run.data.params["optim.batch_size"] == "16"
     assert run.data.tags["triptych.preset"] == "tcl-tiny" and run.data.tags["triptych.manifest"]
     points = client.get_metric_history(finished.mlflow_run_id, "train/loss/cma")
     assert {point.step for point in points} == set(range(1, max(point.step for point in points) + 1))
@@ -172,9 +177,8 @@ def test_an_existing_run_is_refused_and_a_damaged_checkpoint_named(finished, cor
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
     try:
-        changes = {"name": "killed", "compute.workers": 2, "optim.epochs": 4}
         with pytest.raises(InputError, match=r"model\.safetensors is missing or damaged"):
-            fit(experiment("tcl-tiny", corpus, out, **changes), resume=True)
+            fit(experiment("tcl-tiny", corpus, out, **KILLED), resume=True)
         assert main(["evaluate", str(weights.parent), "--data", f"{corpus}/val"]) == 1
         assert one_line(capsys).startswith("triptych: ")
     finally:
@@ -200,7 +204,7 @@ def test_s3_gives_the_same_sample_ids_as_the_local_folder(ray_local, s3, corpus)
 
 def test_a_killed_driver_goes_on_by_hand_with_another_number_of_workers(corpus, tmp_path):
     command = [sys.executable, "-m", "pipelines.cli", "train", "clip-tiny", "--train-data", f"{corpus}/train"]
-    command += ["--val-data", f"{corpus}/val", "--out", str(tmp_path), "--name", "by-hand", "--optim.epochs", "40"]
+    command += ["--val-data", f"{corpus}/val", "--out", str(tmp_path), "--name", "by-hand", "--optim.epochs", "8"]
     command += ["--optim.batch-size", "8", "--checkpoints.every", "0.1", "--pairs.record-ids"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "RAY_TMPDIR": "/tmp"}
     environment.pop("RAY_ADDRESS", None)
@@ -215,9 +219,9 @@ def test_a_killed_driver_goes_on_by_hand_with_another_number_of_workers(corpus, 
     again = [*command, "--resume", "--compute.workers", "2"]
     finished = subprocess.run(again, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert finished.returncode == 0, finished.stderr
-    assert 0 < before < 40 * PAIRS
+    assert 0 < before < 8 * PAIRS
     counts = trained_ids(run)
-    assert set(counts) == expected_ids(run, epochs=40) and set(counts.values()) == {1}
+    assert set(counts) == expected_ids(run, epochs=8) and set(counts.values()) == {1}
 
 
 def one_line(capsys) -> str:
