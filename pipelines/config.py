@@ -187,7 +187,7 @@ def _tiny(preset: str, objective: ObjectiveConfig) -> ExperimentConfig:
                 "temperature.learn": False,  # learnt at this rate it falls to a third and spoils the early steps
             }
         ),
-        pairs=PairsConfig(augment="light", crop_area_min=0.9),
+        pairs=PairsConfig(augment="light", crop_area_min=0.8),
         optim=OptimConfig(learning_rate=3e-3, batch_size=64, epochs=3, min_samples=40_000),
         validation=ValidationConfig(rerank_top=16),
     )
