@@ -2,7 +2,7 @@
 
 Every failure of a file system or an object store leaves here as an InputError of one line: `Unavailable` where trying
 again may help, InputError itself where it will not. Bytes go through `pyarrow.fs`, which releases the GIL; listings of
-s3 go through boto3, because `pyarrow.fs` has no etags.
+s3 go through s3fs, because `pyarrow.fs` has no etags.
 """
 
 import os
@@ -73,7 +73,7 @@ def is_outage(error: Exception) -> bool:
 
 def explain(uri: str, error: Exception) -> InputError:
     """The InputError for what a file system said about `uri`."""
-    text = str(error)
+    text = f"Permission denied: {error}" if isinstance(error, PermissionError) else str(error)
     for pattern, meaning, remedy in _KINDS:
         if re.search(pattern, text):
             return InputError(f"{redact(uri)}: {meaning}; {remedy}")
@@ -197,13 +197,12 @@ def _list_files(root: str) -> list[tuple[str, FileInfo]]:
 
 def _list_s3(root: str) -> list[tuple[str, FileInfo]]:
     """(name below root, file) of an s3 prefix; InputError where there is no such key or prefix."""
-    from botocore.exceptions import BotoCoreError, ClientError  # only whoever lists s3 waits for boto3
+    from botocore.exceptions import BotoCoreError, ClientError  # only whoever lists s3 waits for it
 
     bucket, _, prefix = root.removeprefix("s3://").partition("/")
     try:
-        pages = _s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        entries = [entry for page in pages for entry in page.get("Contents", [])]
-    except (BotoCoreError, ClientError) as error:
+        entries = list(_s3_entries(bucket, prefix))
+    except (OSError, BotoCoreError, ClientError) as error:
         raise explain(root, error) from error
     if prefix:  # without neighbours whose names begin alike
         entries = [entry for entry in entries if entry["Key"] == prefix or entry["Key"].startswith(f"{prefix}/")]
@@ -219,11 +218,18 @@ def _list_s3(root: str) -> list[tuple[str, FileInfo]]:
     ]
 
 
-def _s3_client() -> Any:
-    import boto3
-    from botocore.config import Config
+def _s3_entries(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
+    """The store's own listing, page by page; s3fs' `find` is silent about a bucket that is missing or refused."""
+    import s3fs
 
-    return boto3.client("s3", config=Config(connect_timeout=5, read_timeout=60, retries={"max_attempts": 3}))
+    limits = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3}}
+    system = s3fs.S3FileSystem(config_kwargs=limits, skip_instance_cache=True)  # the environment may have changed
+    page: dict[str, Any] = {"NextContinuationToken": None}
+    while "NextContinuationToken" in page:
+        token = page["NextContinuationToken"]
+        more = {"ContinuationToken": token} if token else {}
+        page = system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        yield from page.get("Contents", [])
 
 
 def upload(local_folder: str, uri: str) -> None:
