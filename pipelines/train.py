@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from models.checkpoint import verify_files, write_files_json
 from models.config import InputError
 from models.encoders import resolve
+from models.objectives import coefficients
 from models.preprocess import CaptionTokenizer, clean_caption, load_tokenizer, train_tokenizer
 from pipelines import cluster, storage
 from pipelines.capacity import require_capacity
@@ -131,6 +132,8 @@ def prepare(experiment: ExperimentConfig, run: str, resume: bool) -> Prepared:
         raise InputError(f"{run}: a run of that name exists; choose another --name, or go on with it by --resume")
     if resume and not exists:
         raise InputError(f"{run}: no run to resume; check --out and --name")
+    if not coefficients(experiment.objective, experiment.objective.alpha):
+        raise InputError("objective.weights: every weight is 0, so nothing would be learnt; give a term a weight")
     validation = build_manifest(experiment.val_data, experiment.pairs)
     if resume:
         stored = read_experiment(config)
