@@ -16,6 +16,7 @@ from ray.train.torch import get_device
 
 from models.batch import Batch
 from models.checkpoint import verify_files
+from models.config import InputError
 from models.draws import hash64
 from models.gather import DistributedWorkers, SoloWorkers, Workers
 from models.masking import SpecialTokens
@@ -24,8 +25,10 @@ from models.preprocess import CaptionTokenizer, PreprocessorConfig
 from pipelines.augment import augment
 from pipelines.checkpoints import Progress, RunFiles, load_initial, read_checkpoint, read_table, write_checkpoint
 from pipelines.config import ExperimentConfig
+from pipelines.ledger import check_balance, check_skipped
 from pipelines.manifest import Manifest
 from pipelines.meter import Meter
+from pipelines.plan import merge
 from pipelines.records import Records
 from pipelines.schedule import cosine_rate, ramped_alpha, tcl_rate
 from pipelines.step import StepSettings, TrainState, equalise, make_state, parameter_groups, training_step
@@ -185,19 +188,13 @@ class Run:
         totals = torch.tensor([self.records.skipped_in_epoch], device=self.device)
         skipped = self.progress.epoch_skipped + int(self.workers.all_reduce_sum(totals))
         self.records.skipped_in_epoch = 0
-        count, good = self.job.manifest.count, self.progress.epoch_good
-        if good + skipped != count:
-            raise TrainingStopped(
-                f"epoch {self.progress.position.epoch}: {count} samples in the manifest, but {good} trained and "
-                f"{skipped} skipped"
-            )
-        share = skipped / count
-        if share > self.experiment.pairs.max_skipped:
-            raise TrainingStopped(
-                f"epoch {self.progress.position.epoch}: {skipped} of {count} samples were skipped, more than "
-                f"pairs.max_skipped {self.experiment.pairs.max_skipped}; skipped.parquet of the checkpoint says why"
-            )
-        self.progress.start_epoch(self.progress.position.epoch + 1)
+        count, epoch = self.job.manifest.count, self.progress.position.epoch
+        try:
+            check_balance(count, self.progress.epoch_good, skipped)
+            check_skipped(count, skipped, self.experiment.pairs.max_skipped)
+        except (RuntimeError, InputError) as error:
+            raise TrainingStopped(f"epoch {epoch}: {error}") from error
+        self.progress.start_epoch(epoch + 1)
 
     def _checkpoint(self) -> None:
         """Validate, write a checkpoint, hand it to Train (which uploads it while training goes on)."""
@@ -226,9 +223,8 @@ class Run:
         """Merge what every worker has consumed of the epoch, and count what was skipped."""
         counts = self.workers.row_counts(len(self.stream.done))
         mine = torch.tensor(sorted(self.stream.done.items()), dtype=torch.int64, device=self.device).view(-1, 2)
-        merged = dict(self.progress.position.done)
-        for group, places in self.workers.all_gather_rows(mine, counts).tolist():
-            merged[group] = max(places, merged.get(group, 0))
+        consumed = dict(self.workers.all_gather_rows(mine, counts).tolist())  # a group is one worker's alone
+        merged = merge([self.progress.position.done, consumed])
         self.progress.position = self.progress.position.replace_done(merged)
         skipped = torch.tensor([self.records.skipped_in_epoch], device=self.device)
         self.progress.epoch_skipped += int(self.workers.all_reduce_sum(skipped))
