@@ -162,7 +162,11 @@ def _dual(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def _tiny(preset: str, objective: ObjectiveConfig) -> ExperimentConfig:
-    """Under half a million parameters: learns a few thousand pairs of small pictures in minutes on two CPU cores."""
+    """Under half a million parameters: learns a few thousand pairs of small pictures in minutes on two CPU cores.
+
+    Rates are measured: on 20,000 samples clip reaches recall@1 3.7 % at 1e-3 and 0.7 % at 3e-3, tcl-dual 1.3 and 2.7 %.
+    """
+    rate = 1e-3 if objective.cma.kind == "clip" else 3e-3
     return ExperimentConfig(
         preset=preset,
         encoder=EncoderConfig(
@@ -188,7 +192,7 @@ def _tiny(preset: str, objective: ObjectiveConfig) -> ExperimentConfig:
             }
         ),
         pairs=PairsConfig(augment="light", crop_area_min=0.8),
-        optim=OptimConfig(learning_rate=3e-3, batch_size=64, epochs=3, min_samples=40_000),
+        optim=OptimConfig(learning_rate=rate, batch_size=64, epochs=3, min_samples=40_000),
         validation=ValidationConfig(rerank_top=16),
     )
 
