@@ -135,6 +135,8 @@ class Run:
             if self.progress.seen >= min(due, self.planned):
                 self._checkpoint()
                 due += interval
+        if self.progress.seen % self.job.manifest.count == 0:  # the last epoch is whole, so it is checked as well
+            self._end_epoch()
         return {"step": self.progress.step, "samples": self.progress.seen, "metrics": self.metrics}
 
     def _next_rows(self) -> tuple[Counts, Rows | None]:
