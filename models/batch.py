@@ -12,7 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from models.masking import Masked
+from models.objectives import Moment
 from models.teacher import FeatureQueue
+from models.transport import Plan
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,11 @@ class Context:
     identity: Identity
     offset: int
     temperature: Float[Tensor, ""]
-    alpha: float
+    moment: Moment
+    codes: Float[Tensor, "codes D"] | None = None
+    """The codebook's unit rows, with their gradient."""
+    plan: Plan | None = None
+    """How samples are assigned to them: problem 0 are the images, 1 the texts."""
     pinned: Pinned | None = None
 
 

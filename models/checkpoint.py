@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models import draws
 from models.config import EncoderConfig, InputError
-from models.encoders import DualEncoder
+from models.encoders import DualEncoder, Heads
 from models.preprocess import CaptionTokenizer, PreprocessorConfig, normalize
 
 FILES = "files.json"
@@ -100,7 +100,8 @@ def save_package(
     The id is a hash of everything that decides a vector: architecture, weights, tokeniser and preprocessing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {n: t for n, t in model.state_dict().items() if not n.startswith("fusion.language.") and n != "temperature"}
+    trained_only = ("fusion.language.", "codebook.", "temperature")
+    kept = {n: t for n, t in model.state_dict().items() if not n.startswith(trained_only)}
     matching = model.fusion is not None and model.fusion.matching is not None
     if not matching:
         kept = {n: t for n, t in kept.items() if not n.startswith("fusion.")}
@@ -142,7 +143,7 @@ def load_package(folder: Path, shown_as: str = "", device: str = "cpu") -> Packa
         raise InputError(f"{shown_as}: config.json of the package is damaged ({type(error).__name__})") from error
     if _space_id(folder, document) != document.get("embedding_space"):
         raise InputError(f"{shown_as}: the package was changed after it was written; build it again from its run")
-    model = DualEncoder(config, matching=document["matching"])
+    model = DualEncoder(config, Heads(matching=document["matching"]))
     del model.temperature
     load_weights(model, folder / "model.safetensors", shown_as)
     card = folder / "metrics.json"

@@ -129,10 +129,16 @@ class WeightsConfig(Config):
     """Contrast within each modality."""
     lmi: NonNegativeFloat = 0.0
     """Contrast between local parts and the whole."""
+    code: NonNegativeFloat = 0.0
+    """Each modality predicts the code of the other."""
+    ot: NonNegativeFloat = 0.0
+    """Transport cost: draws the codes to the features assigned to them."""
     itm: NonNegativeFloat = 0.0
     """Image-text matching with hard negatives."""
     mlm: NonNegativeFloat = 0.0
     """Masked language modelling."""
+    koleo: NonNegativeFloat = 0.0
+    """Spreads the codes (KoLeo)."""
 
 
 class CmaConfig(Config):
@@ -156,6 +162,67 @@ class QueueConfig(Config):
     """Entries of each modality."""
 
 
+class DeadCodesConfig(Config):
+    """Codes that no sample is nearest to, and their repair (codebook spec 4.1)."""
+
+    enabled: bool = False
+    """Whether they are given new places."""
+    window_samples_per_code: PositiveInt = 20
+    """Samples of each modality in a window, per code."""
+    min_rel_hits: Annotated[float, Ge(0), Le(1)] = 0.01
+    """Fewer than this share of a code's even share, in both modalities, is dead."""
+    max_frac: Annotated[float, Ge(0), Le(1)] = 0.01
+    """Largest share of the codes repaired in a window."""
+    noise: NonNegativeFloat = 0.01
+    """Standard deviation of what is added to the feature that a dead code becomes."""
+
+
+class IpotConfig(Config):
+    """Inexact proximal point transport, for fidelity experiments (codebook spec 3.7)."""
+
+    beta: PositiveFloat = 0.5
+    """Proximal step; the plan is about as sharp as Sinkhorn's at eps = beta / outer."""
+    outer: PositiveInt = 50
+    """Iterations, one exchange between workers each."""
+
+
+class CodebookConfig(Config):
+    """Codes shared by both modalities, and how samples are assigned to them (codebook spec 2.6)."""
+
+    size: PositiveInt = 4096
+    """Codes."""
+    eps: PositiveFloat = 0.05
+    """Regularisation of the assignment: the smaller, the sharper the targets; below tau."""
+    iters: PositiveInt = 3
+    """Sinkhorn iterations."""
+    solver: Literal["sinkhorn", "ipot"] = "sinkhorn"
+    """How the assignment is solved."""
+    balance: Annotated[float, Ge(0), Le(1)] = 1.0
+    """1: codes get equal mass; 0: plain softmax, which collapses; between: softly balanced."""
+    tau: PositiveFloat = 0.1
+    """Temperature of the student's prediction of codes; fixed."""
+    beta_same: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of the own modality in the targets; 0: wholly across."""
+    init: Literal["normal", "queue_sample"] = "normal"
+    """First codes: random directions, or teacher features once there are as many as codes."""
+    freeze: Annotated[float, Ge(0), Le(1)] = 0.02
+    """Share of the planned samples during which the codes stand still."""
+    start: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of the planned samples after which the codebook's terms set in."""
+    ramp: Annotated[float, Ge(0), Le(1)] = 0.04
+    """Share of the planned samples over which their weights rise from 0."""
+    assign_queue: Literal["auto"] | NonNegativeInt = "auto"
+    """Queue entries in the assignment; auto: two samples a code where there are as many."""
+    dist: Literal["sharded", "replicated", "local"] = "sharded"
+    """Assignment over all workers with small exchanges, or on each with all rows; local: each its own (ablation)."""
+    dead: DeadCodesConfig = DeadCodesConfig()
+    ipot: IpotConfig = IpotConfig()
+    prior: Literal["uniform"] = "uniform"
+    """Mass that codes should get."""
+    koleo: NonNegativeFloat = 0.0
+    """The same as weights.koleo, beside the codebook's other settings; give one of the two."""
+
+
 class ObjectiveConfig(Config):
     """What is minimised: sum over terms of weight x term."""
 
@@ -164,6 +231,7 @@ class ObjectiveConfig(Config):
     cma: CmaConfig = CmaConfig()
     teacher: TeacherConfig = TeacherConfig()
     queue: QueueConfig = QueueConfig()
+    codebook: CodebookConfig = CodebookConfig()
     alpha: Annotated[float, Ge(0), Le(1)] = 0.4
     """Share of the teacher's soft targets in cma and mlm."""
     alpha_ramp_epochs: NonNegativeFloat = 1.0
@@ -176,3 +244,5 @@ class ObjectiveConfig(Config):
     """Pooled patch grid of lmi: floor(sqrt(g)) squared (pre-training) or 4 x 4 (fine-tuning), g patches a side."""
     mlm_probability: Annotated[float, Gt(0), Lt(1)] = 0.15
     """Share of the tokens that masked language modelling selects."""
+    block_mib: PositiveFloat = 64.0
+    """Most memory of the score matrix of lmi or of the codebook, MiB; larger ones are computed in blocks of rows."""

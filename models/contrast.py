@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from models.blocks import sum_over_rows
+
 MASKED = -1e9
 """Logit of a candidate that is left out: its softmax is exactly 0, and no infinity meets a zero."""
 
@@ -52,21 +54,27 @@ def local_global(
     negative: Bool[Tensor, "B N"],
     offset: int,
     temperature: Float[Tensor, ""],
+    limit: int = 2**26,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Sum over rows, and their count, of the mean over own parts of InfoNCE against others' parts (LMI, spec 2.3).
 
     Row b's own parts are `locals_[offset + b]`; `negative[b, j]` says whether sample j's parts are its negatives. A row
     without a valid part is not counted. The negatives' log-sum does not depend on the part, so it is taken once a row:
-    B x N x K numbers, no B x K x N x K tensor.
+    B x N x K numbers, no B x K x N x K tensor; of these `limit` bytes at most exist at once, in blocks of rows.
     """
-    rows, (samples, parts) = len(query), valid.shape
-    scores = (query @ locals_.flatten(0, 1).T).view(rows, samples, parts) / temperature
-    own = scores[torch.arange(rows, device=query.device), torch.arange(offset, offset + rows, device=query.device)]
-    others = scores.masked_fill(~(negative[:, :, None] & valid[None]), MASKED).flatten(1)
-    own_valid = valid[offset : offset + rows]
-    terms = F.softplus(torch.logsumexp(others, 1, keepdim=True) - own) * own_valid
-    count = own_valid.sum(1)
-    return (terms.sum(1) / count.clamp(min=1)).sum(), (count > 0).sum().to(terms.dtype)
+    samples, parts, width = locals_.shape
+    own_count = valid[offset : offset + len(query)].sum(1)
+
+    def block(rows: slice) -> tuple[Tensor]:
+        own = torch.arange(rows.start, rows.stop, device=query.device)
+        scores = (query[rows] @ locals_.reshape(samples * parts, width).T).view(len(own), samples, parts) / temperature
+        others = scores.masked_fill(~(negative[rows, :, None] & valid[None]), MASKED).flatten(1)
+        mine = scores[own - rows.start, offset + own]
+        terms = F.softplus(torch.logsumexp(others, 1, keepdim=True) - mine) * valid[offset + own]
+        return ((terms.sum(1) / own_count[rows].clamp(min=1)).sum(),)
+
+    (total,) = sum_over_rows(block, len(query), 3 * samples * parts * query.element_size(), limit)
+    return total, (own_count > 0).sum().to(total.dtype)
 
 
 def pairwise_sigmoid(

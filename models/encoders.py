@@ -5,7 +5,7 @@ Axes: B rows, S image side, P patches, T tokens, V image width, W text width, D 
 
 import math
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, BertConfig, PreTrainedModel, ViTConfig
 
+from models.codebook import Codebook
 from models.config import EncoderConfig, InputError, TemperatureConfig, TextConfig, VisionConfig
 from models.fusion import FusionEncoder
 
@@ -181,32 +182,47 @@ def _looks_back(backbone: PreTrainedModel) -> bool:
     return torch.equal(first[0], first[1])
 
 
+class Heads(NamedTuple):
+    """What an objective needs besides the towers and projections."""
+
+    matching: bool = False
+    """itm's head, on a fusion encoder."""
+    language: bool = False
+    """mlm's head, on a fusion encoder."""
+    sigmoid: bool = False
+    """Scale and bias of sigmoid cma."""
+    codes: int = 0
+    """Rows of the codebook."""
+
+
 class DualEncoder(nn.Module):
-    """Both towers and their projections; `fusion` is the cross-modal encoder where the objective has one."""
+    """Both towers and their projections; fusion encoder and codebook where the objective has them."""
 
     def __init__(
         self,
         config: EncoderConfig,
-        matching: bool = False,
-        language: bool = False,
-        sigmoid: bool = False,
+        heads: Heads | None = None,
         temperature: TemperatureConfig | None = None,
         pretrained: bool = False,
     ) -> None:
-        """`config` must be resolved; `matching`, `language`, `sigmoid`: build what itm, mlm and sigmoid cma need."""
+        """`config` must be resolved."""
         super().__init__()
+        heads = heads or Heads()
         self.vision = VisionTower(config.vision, pretrained)
         self.text = TextTower(config.text, pretrained)
         self.image_projection = nn.Linear(self.vision.width, config.embed_dim)
         self.text_projection = nn.Linear(self.text.width, config.embed_dim)
         self.fusion: FusionEncoder | None = None
-        if matching or language:
-            self.fusion = FusionEncoder(config, self.text.width, self.vision.width, matching, language)
+        if heads.matching or heads.language:
+            widths = self.text.width, self.vision.width
+            self.fusion = FusionEncoder(config, *widths, heads.matching, heads.language)
         temperature = temperature or TemperatureConfig()
         self.temperature = nn.Parameter(torch.tensor(temperature.start), requires_grad=temperature.learn)
-        if sigmoid:  # SigLIP's scale (as a logarithm) and bias, arXiv 2303.15343
+        if heads.sigmoid:  # SigLIP's scale (as a logarithm) and bias, arXiv 2303.15343
             self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
             self.bias = nn.Parameter(torch.tensor(-10.0))
+        # Last, so that the other weights of a seed are the same with and without it.
+        self.codebook = Codebook(heads.codes, config.embed_dim) if heads.codes else None
 
     def encode_image(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B N V"]:
         """Image tokens, CLS first, then patches in rows."""

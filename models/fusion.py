@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.config import EncoderConfig, InputError
 
@@ -108,6 +109,8 @@ class FusionEncoder(nn.Module):
         super().__init__()
         if width % config.text.heads:
             raise InputError(f"encoder.text.heads: {config.text.heads} does not divide the text tower's width {width}")
+        self.recompute = False
+        """Whether layers run again in the backward pass in place of keeping what they computed."""
         self.layers = nn.ModuleList(FusionLayer(config, width, image_width) for _ in range(config.fusion.layers))
         self.apply(lambda module: _initialise(module, config.text.initializer_range))
         self.matching = nn.Linear(width, 2) if matching else None
@@ -123,7 +126,10 @@ class FusionEncoder(nn.Module):
     ) -> Float[Tensor, "B T W"]:
         """Caption states after looking at the image."""
         for layer, image in zip(self.layers, memory, strict=True):
-            states = layer(states, mask[:, None, None, :], image)
+            if self.recompute and torch.is_grad_enabled():
+                states = checkpoint(layer, states, mask[:, None, None, :], image, use_reentrant=False)
+            else:
+                states = layer(states, mask[:, None, None, :], image)
         return states
 
     def match_logits(

@@ -4,7 +4,7 @@
 rank must make the same calls in the same order, also with no rows of its own.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 
+@runtime_checkable
 class Workers(Protocol):
     """The other workers, as the training step sees them."""
 
@@ -20,6 +21,10 @@ class Workers(Protocol):
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """Sum over workers, in place and returned; bit-identical on all of them."""
+        ...
+
+    def all_reduce_max(self, value: Tensor) -> Tensor:
+        """Largest over workers, in place and returned."""
         ...
 
     def row_counts(self, count: int) -> list[int]:
@@ -45,6 +50,10 @@ class SoloWorkers:
         """The value itself."""
         return value
 
+    def all_reduce_max(self, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
     def row_counts(self, count: int) -> list[int]:
         """This worker's count."""
         return [count]
@@ -64,18 +73,23 @@ class DistributedWorkers:
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self._host = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """Sum over workers, in place."""
         dist.all_reduce(value, dist.ReduceOp.SUM)
         return value
 
+    def all_reduce_max(self, value: Tensor) -> Tensor:
+        """Largest over workers, in place."""
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
     def row_counts(self, count: int) -> list[int]:
-        """Every worker's count, by rank."""
-        on_gpu = dist.get_backend() == "nccl"
-        mine = torch.tensor([count], device=torch.cuda.current_device() if on_gpu else "cpu")
+        """Every worker's count, by rank; exchanged on the host, so that no one waits for a GPU."""
+        mine = torch.tensor([count])
         counts = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(counts, mine)
+        dist.all_gather(counts, mine, group=self._host)
         return [int(c) for c in counts]
 
     def all_gather_rows(self, rows: Tensor, counts: list[int]) -> Tensor:

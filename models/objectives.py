@@ -6,17 +6,36 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.assignment import queue_entries
 from models.config import EncoderConfig, InputError, ObjectiveConfig
-from models.encoders import DualEncoder
+from models.encoders import DualEncoder, Heads
 
 TERMS = {
     "cma": ("i2t", "t2i"),
     "imc": ("i2i", "t2t"),
     "lmi": ("lmi_image", "lmi_text"),
+    "code": ("i2p", "t2p"),
+    "ot": ("ot_v", "ot_t"),
+    "koleo": ("koleo",),
     "itm": ("itm",),
     "mlm": ("mlm_hard", "mlm_distill"),
 }
 """The parts of each term: its directions; of mlm, the two targets that alpha mixes."""
+
+
+class Moment(NamedTuple):
+    """Where in its run a step stands: all of the objective that changes with time."""
+
+    alpha: float
+    """Share of the teacher's soft targets."""
+    ramp: float = 1.0
+    """Share of their weights that the codebook's terms have reached; at 0 they are not computed."""
+    frozen: bool = False
+    """Whether the codes stand still."""
+    measured: bool = False
+    """Whether the step's embeddings, codes and targets are measured (codebook spec 5)."""
+    step: int = 0
+    """Optimiser steps before this one."""
 
 
 class Part(NamedTuple):
@@ -29,12 +48,29 @@ class Part(NamedTuple):
 def needs_teacher(objective: ObjectiveConfig) -> bool:
     """Whether any term looks at the teacher."""
     w = objective.weights
-    return infonce(objective) or w.imc > 0 or w.lmi > 0 or (w.mlm > 0 and objective.alpha > 0)
+    distils = w.mlm > 0 and objective.alpha > 0
+    return infonce(objective) or w.imc > 0 or w.lmi > 0 or distils or assigns(objective)
 
 
 def needs_queue(objective: ObjectiveConfig) -> bool:
     """Whether any term looks at the queue."""
-    return objective.queue.size > 0 and (infonce(objective) or objective.weights.imc > 0)
+    in_assignment = assigns(objective) and objective.codebook.assign_queue != 0
+    return objective.queue.size > 0 and (infonce(objective) or objective.weights.imc > 0 or in_assignment)
+
+
+def assigns(objective: ObjectiveConfig) -> bool:
+    """Whether samples are assigned to codes."""
+    return objective.weights.code > 0 or objective.weights.ot > 0
+
+
+def needs_codebook(objective: ObjectiveConfig) -> bool:
+    """Whether there are codes at all."""
+    return assigns(objective) or koleo_weight(objective) > 0
+
+
+def koleo_weight(objective: ObjectiveConfig) -> float:
+    """The weight of KoLeo, which has two names."""
+    return objective.weights.koleo or objective.codebook.koleo
 
 
 def infonce(objective: ObjectiveConfig) -> bool:
@@ -48,19 +84,27 @@ def build_model(encoder: EncoderConfig, objective: ObjectiveConfig, pretrained: 
     Raises InputError where no term has a weight, or where published weights cannot be read.
     """
     w = objective.weights
-    if not coefficients(objective, objective.alpha):
+    if not coefficients(objective, Moment(objective.alpha)):
         raise InputError("objective.weights: every weight is 0, so nothing would be learnt; give a term a weight")
     sigmoid = w.cma > 0 and objective.cma.kind == "sigmoid"
     scaled = (w.cma > 0 and not sigmoid) or w.imc > 0 or w.lmi > 0
     temperature = objective.temperature.model_copy(update={"learn": objective.temperature.learn and scaled})
-    return DualEncoder(encoder, w.itm > 0, w.mlm > 0, sigmoid, temperature, pretrained)
+    heads = Heads(w.itm > 0, w.mlm > 0, sigmoid, objective.codebook.size if needs_codebook(objective) else 0)
+    return DualEncoder(encoder, heads, temperature, pretrained)
 
 
-def coefficients(objective: ObjectiveConfig, alpha: float) -> dict[str, float]:
+def coefficients(objective: ObjectiveConfig, moment: Moment) -> dict[str, float]:
     """What the mean of each part is multiplied by; parts with 0 are left out and not computed."""
-    w = objective.weights
-    paired = (("cma", w.cma), ("imc", w.imc), ("lmi", w.lmi))
+    w, alpha = objective.weights, moment.alpha
+    paired = (
+        ("cma", w.cma),
+        ("imc", w.imc),
+        ("lmi", w.lmi),
+        ("code", w.code * moment.ramp),
+        ("ot", w.ot * moment.ramp),
+    )
     parts = {part: weight / 2 for term, weight in paired for part in TERMS[term]}
+    parts |= {"koleo": koleo_weight(objective) * moment.ramp}
     parts |= {"itm": w.itm, "mlm_hard": w.mlm * (1 - alpha), "mlm_distill": w.mlm * alpha}
     return {part: value for part, value in parts.items() if value > 0}
 
@@ -75,3 +119,35 @@ def term_means(means: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
         elif present:
             values[term] = torch.stack(present).mean()
     return values
+
+
+def check_codebook(objective: ObjectiveConfig, batch_size: int) -> list[str]:
+    """What is legal but may train badly, a line each (codebook spec 7); raises InputError for what cannot work."""
+    w, config, name = objective.weights, objective.codebook, "objective.codebook"
+    if w.koleo and config.koleo and w.koleo != config.koleo:
+        raise InputError(f"objective.weights.koleo {w.koleo} and {name}.koleo {config.koleo} differ; give one of them")
+    if not assigns(objective):
+        return []
+    queue = objective.queue.size
+    most, balanced = batch_size + queue_entries(config, batch_size, queue), config.balance == 1
+    if most < 2 and balanced:
+        raise InputError(
+            f"{name}.balance 1: one sample at a time is spread evenly over all codes; raise the batch size"
+        )
+    if most < config.size and config.init == "queue_sample":
+        raise InputError(f"{name}.init queue_sample: {config.size} codes, but at most {most} samples; use normal")
+    if config.dead.enabled and queue == 0:
+        raise InputError(f"{name}.dead.enabled: repair takes features from the queue; set objective.queue.size")
+    notes = []
+    if config.solver == "sinkhorn" and config.eps >= config.tau:
+        notes.append(f"{name}.eps {config.eps} is not below tau {config.tau}: such targets teach nothing; lower eps")
+    if most < config.size and balanced:
+        notes.append(
+            f"{name}.size {config.size}: at most {most} samples are assigned together, so no target is sharp; "
+            "take fewer codes, a larger objective.queue.size or balance below 1"
+        )
+    if config.size % 8:
+        notes.append(f"{name}.size {config.size} is no multiple of 8, which GPUs multiply slowly")
+    if not w.cma:
+        notes.append("objective.weights.cma is 0: the codebook alone aligns classes, hardly single pairs")
+    return notes

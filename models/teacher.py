@@ -12,6 +12,7 @@ from models.encoders import DualEncoder
 def make_teacher(student: DualEncoder, language: bool) -> DualEncoder:
     """An equal copy without gradients; `language` keeps its fusion encoder with the masked-language head."""
     teacher = copy.deepcopy(student)
+    teacher.codebook = None  # one codebook scores both (codebook spec 4)
     for name in ("temperature", "log_scale", "bias"):
         if hasattr(teacher, name):
             delattr(teacher, name)
@@ -59,6 +60,12 @@ class FeatureQueue(nn.Module):
     def valid(self) -> Bool[Tensor, " M"]:
         """Entries that have been written."""
         return torch.arange(len(self.image), device=self.image.device) < self.filled
+
+    def newest(self, count: int) -> tuple[Float[Tensor, "2 R D"], Bool[Tensor, " R"]]:
+        """The last `count` (at most M) entries, newest first: images and texts, and whether each has been written."""
+        back = torch.arange(1, count + 1, device=self.image.device)
+        places = (self.pointer - back) % len(self.image)
+        return torch.stack([self.image[places], self.text[places]]), back <= self.filled
 
     @torch.no_grad()
     def enqueue(

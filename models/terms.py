@@ -3,17 +3,15 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from models import contrast, draws
+from models import contrast
 from models.batch import Context
+from models.codebook import Pair, code_sums, koleo, transport_sums
 from models.config import ObjectiveConfig
 from models.encoders import DualEncoder
-from models.fusion import FusionEncoder, KeysValues
-from models.masking import Masked, SpecialTokens, mask_tokens
-from models.objectives import TERMS, Part, infonce
+from models.objectives import TERMS, Part, coefficients, infonce
 
 
 class MatchLogits(NamedTuple):
@@ -26,7 +24,7 @@ class MatchLogits(NamedTuple):
 def contrast_parts(
     objective: ObjectiveConfig, model: DualEncoder, context: Context
 ) -> tuple[dict[str, Part], MatchLogits | None]:
-    """cma, imc and lmi (TCL spec 2.1 to 2.3) of this worker's rows, and the batch's similarities where itm asks."""
+    """All terms that need no fusion encoder, of this worker's rows, and the batch's similarities where itm asks."""
     w = objective.weights
     parts: dict[str, Part] = {}
     match_logits = None
@@ -39,16 +37,22 @@ def contrast_parts(
         rows = context.identity.same.shape[1]
         match_logits = MatchLogits(i2t[:, :rows].detach(), t2i[:, :rows].detach())
         if w.cma > 0 and not sigmoid:
-            soft = infonce(objective) and context.alpha > 0
+            soft = infonce(objective) and context.moment.alpha > 0
             parts |= cross_parts(context, i2t, t2i, (image, text) if soft else None)
     if w.imc > 0:
         image, text = candidates(context, from_teacher=True)
         for name, query, keys in (("i2i", context.student.image, image), ("t2t", context.student.text, text)):
             logits = scores(context, query, keys)
             parts[name] = Part(*contrast.soft_nce(logits, hard_targets(context, logits)))
+    limit = block_bytes(objective)
     if w.lmi > 0:
-        parts |= local_parts(context)
-    return parts, match_logits
+        parts |= local_parts(context, limit)
+    return parts | codebook_parts(objective, context, limit), match_logits
+
+
+def block_bytes(objective: ObjectiveConfig) -> int:
+    """Most bytes of a table of scores."""
+    return int(objective.block_mib * 2**20)
 
 
 class Candidates(NamedTuple):
@@ -94,8 +98,8 @@ def cross_parts(
         with torch.no_grad():
             teacher_i2t = scores(context, context.teacher.image, keys[1])
             teacher_t2i = scores(context, context.teacher.text, keys[0])
-        to_text = contrast.soft_targets(to_text, teacher_i2t, context.alpha)
-        to_image = contrast.soft_targets(to_image, teacher_t2i, context.alpha)
+        to_text = contrast.soft_targets(to_text, teacher_i2t, context.moment.alpha)
+        to_image = contrast.soft_targets(to_image, teacher_t2i, context.moment.alpha)
     return {"i2t": Part(*contrast.soft_nce(i2t, to_text)), "t2i": Part(*contrast.soft_nce(t2i, to_image))}
 
 
@@ -109,113 +113,38 @@ def sigmoid_parts(model: DualEncoder, context: Context) -> dict[str, Part]:
     return dict.fromkeys(TERMS["cma"], Part(*both))
 
 
-def fusion_parts(
-    objective: ObjectiveConfig,
-    model: DualEncoder,
-    teacher: DualEncoder | None,
-    context: Context,
-    match_logits: MatchLogits | None,
-    tokens: SpecialTokens,
-) -> dict[str, Part]:
-    """itm and mlm (TCL spec 2.4, 2.5) of this worker's rows; both look at the images' keys and values, made once."""
-    parts: dict[str, Part] = {}
-    if model.fusion is None:
-        return parts
-    memory = model.fusion.image_memory(context.student.image_tokens)
-    if objective.weights.itm > 0:
-        assert match_logits is not None
-        parts["itm"] = matching_part(model.fusion, context, memory, match_logits)
-    if objective.weights.mlm > 0:
-        parts |= language_parts(model, teacher, context, memory, objective.mlm_probability, tokens)
-    return parts
-
-
-def local_parts(context: Context) -> dict[str, Part]:
+def local_parts(context: Context, limit: int) -> dict[str, Part]:
     """lmi (TCL spec 2.3): online vectors against the teacher's local parts of all rows."""
     assert context.locals is not None
     image, text, text_valid = context.locals
     image_valid = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
     negative, offset, temperature = context.identity.local_negative, context.offset, context.temperature
-    return {
-        "lmi_image": Part(
-            *contrast.local_global(context.student.image, image, image_valid, negative, offset, temperature)
-        ),
-        "lmi_text": Part(*contrast.local_global(context.student.text, text, text_valid, negative, offset, temperature)),
-    }
-
-
-def hard_negatives(context: Context, logits: MatchLogits) -> tuple[Int[Tensor, "2 B"], Bool[Tensor, "2 B"]]:
-    """For each pair a wrong image and a wrong caption among all rows, and whether there is one (TCL spec 2.4)."""
-    same, key = context.identity.same, context.batch.key
-    image, has_image = contrast.draw_negatives(
-        contrast.negative_weights(logits.text_to_image, same), same, draws.uniform(key, draws.NEGATIVE_IMAGE, 1)[:, 0]
-    )
-    text, has_text = contrast.draw_negatives(
-        contrast.negative_weights(logits.image_to_text, same), same, draws.uniform(key, draws.NEGATIVE_TEXT, 1)[:, 0]
-    )
-    if context.pinned is not None:
-        image, text = context.pinned.negative_image, context.pinned.negative_text
-    return torch.stack([image, text]), torch.stack([has_image, has_text])
-
-
-def matching_part(fusion: FusionEncoder, context: Context, memory: list[KeysValues], logits: MatchLogits) -> Part:
-    """itm (TCL spec 2.4): B matched, B (caption, wrong image), B (wrong caption, image); class 1 = match."""
-    (image, text), exists = hard_negatives(context, logits)
-    states, mask = context.student.text_tokens, context.batch.mask
-    if context.all_student is context.student:
-        wrong_memory = [layer.rows(image) for layer in memory]
-    else:
-        wrong_memory = fusion.image_memory(context.all_student.image_tokens[image])
-    fused = fusion(
-        torch.cat([states, states, context.all_student.text_tokens[text]]),
-        torch.cat([mask, mask, context.all_mask[text]]),
-        [layer.join(wrong, layer) for layer, wrong in zip(memory, wrong_memory, strict=True)],
-    )
-    assert fusion.matching is not None
-    rows = len(states)
-    label = torch.zeros(3 * rows, dtype=torch.int64, device=states.device)
-    label[:rows] = 1
-    counted = torch.cat([torch.ones_like(exists[0]), *exists])
-    losses = F.cross_entropy(full_precision(fusion.matching(fused[:, 0])), label, reduction="none")
-    return Part((losses * counted).sum(), counted.sum())
-
-
-def language_parts(
-    model: DualEncoder,
-    teacher: DualEncoder | None,
-    context: Context,
-    memory: list[KeysValues],
-    share: float,
-    tokens: SpecialTokens,
-) -> dict[str, Part]:
-    """mlm (TCL spec 2.5): logits at selected tokens only; the teacher sees the other view of the image."""
-    batch = context.batch
-    masked = context.pinned.masked if context.pinned is not None else None
-    if masked is None:
-        masked = mask_tokens(batch.ids, batch.mask, batch.key, tokens, share)
-    logits = language_logits(model, masked, batch.mask, memory)
-    count = len(logits)
     parts = {}
-    if context.alpha < 1:
-        parts["mlm_hard"] = Part(F.cross_entropy(logits, masked.original[masked.selected], reduction="sum"), count)
-    if context.alpha > 0:
-        assert teacher is not None and teacher.fusion is not None and context.teacher is not None
-        with torch.no_grad():
-            teacher_memory = teacher.fusion.image_memory(context.teacher.image_tokens)
-            target = F.softmax(language_logits(teacher, masked, batch.mask, teacher_memory), 1)
-        parts["mlm_distill"] = Part(*contrast.soft_nce(logits, target))
+    for name, query, keys, valid in (
+        ("lmi_image", context.student.image, image, image_valid),
+        ("lmi_text", context.student.text, text, text_valid),
+    ):
+        parts[name] = Part(*contrast.local_global(query, keys, valid, negative, offset, temperature, limit))
     return parts
 
 
-def language_logits(
-    model: DualEncoder, masked: Masked, mask: Bool[Tensor, "B T"], memory: list[KeysValues]
-) -> Float[Tensor, "M vocab"]:
-    """Vocabulary logits at the selected positions, in row-major order."""
-    assert model.fusion is not None and model.fusion.language is not None
-    states = model.fusion(model.encode_text(masked.ids, mask), mask, memory)
-    return full_precision(model.fusion.language(states[masked.selected], model.text.word_embeddings))
-
-
-def full_precision(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Logits in which a loss may be taken: autocast's 16 bits become 32."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+def codebook_parts(objective: ObjectiveConfig, context: Context, limit: int) -> dict[str, Part]:
+    """code, ot and koleo (codebook spec 2.2, 4.2), those that have a weight at this moment."""
+    wanted = coefficients(objective, context.moment).keys() & {"i2p", "ot_v", "koleo"}
+    parts: dict[str, Part] = {}
+    if not wanted:
+        return parts
+    codes, plan, config = context.codes, context.plan, objective.codebook
+    assert codes is not None
+    rows = len(context.batch)
+    if plan is not None and context.teacher is not None:
+        student, teacher = (Pair(side.image, side.text) for side in (context.student, context.teacher))
+        if "i2p" in wanted:
+            sums = code_sums(student, teacher, codes, plan, config.tau, config.beta_same, limit)
+            parts |= {name: Part(value, rows) for name, value in zip(TERMS["code"], sums, strict=True)}
+        if "ot_v" in wanted:
+            sums = transport_sums(teacher, codes, plan, limit)
+            parts |= {name: Part(value, rows) for name, value in zip(TERMS["ot"], sums, strict=True)}
+    if "koleo" in wanted:  # the same on every worker: the mean over workers is the value itself
+        parts["koleo"] = Part(koleo(codes, limit), 1)
+    return parts

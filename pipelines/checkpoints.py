@@ -17,7 +17,7 @@ from models.encoders import DualEncoder
 from models.preprocess import CaptionTokenizer, PreprocessorConfig
 from pipelines.config import ExperimentConfig
 from pipelines.plan import Position
-from pipelines.step import TrainState
+from pipelines.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +76,12 @@ def write_checkpoint(
         save_tensors(state.teacher.state_dict(), folder / "teacher.safetensors")
     if state.queue is not None:
         save_tensors(state.queue.state_dict(), folder / "state" / "queues.safetensors")
+    if state.usage is not None:
+        save_tensors(state.usage.state_dict(), folder / "state" / "codebook.safetensors")
     moments, counters = _optimizer_state(state)
     save_tensors(moments, folder / "state" / "optimizer.safetensors")
     save_tensors({"torch": torch.get_rng_state()}, folder / "state" / "generators.safetensors")
-    counters |= {"progress": progress.counters()}
+    counters |= {"progress": progress.counters(), "codes_planted": state.planted}
     (folder / "state" / "counters.json").write_text(json.dumps(counters, indent=1))
     for name, table in tables.items():
         pq.write_table(table, folder / f"{name}.parquet")
@@ -93,8 +95,11 @@ def read_checkpoint(folder: Path, state: TrainState, shown_as: str) -> Progress:
         load_weights(state.teacher, folder / "teacher.safetensors", shown_as)
     if state.queue is not None:
         load_weights(state.queue, folder / "state" / "queues.safetensors", shown_as)
+    if state.usage is not None:
+        load_weights(state.usage, folder / "state" / "codebook.safetensors", shown_as)
     try:
         counters = json.loads((folder / "state" / "counters.json").read_text())
+        state.planted = counters.get("codes_planted", True)
         position = Position.from_json(json.loads((folder / "position.json").read_text()))
         _restore_optimizer(state, load_tensors(folder / "state" / "optimizer.safetensors"), counters)
     except (KeyError, ValueError, FileNotFoundError) as error:

@@ -75,6 +75,17 @@ class OptimConfig(Config):
     """Train at least so many samples, in more passes where needed; 0 where --optim.epochs is given by hand."""
 
 
+class RecomputeConfig(Config):
+    """Activation checkpointing: layers keep only their inputs and run again in the backward pass."""
+
+    vision: bool = False
+    """The image tower."""
+    text: bool = False
+    """The text tower."""
+    fusion: bool = False
+    """The fusion encoder."""
+
+
 class ComputeConfig(Config):
     """What a run takes of the cluster."""
 
@@ -88,6 +99,11 @@ class ComputeConfig(Config):
     """Logical CPUs of a worker; what is left decodes the data."""
     cpus_per_data_task: PositiveFloat = 0.25
     """Logical CPUs of a data task."""
+    chunk_size: NonNegativeInt = 0
+    """Pairs that a worker encodes at once, of its share of the batch; fewer need less memory; 0: all."""
+    recompute: RecomputeConfig = RecomputeConfig()
+    compile: bool = False
+    """torch.compile for the towers; worth it on GPUs."""
     threads: NonNegativeInt = 0
     """Torch threads of a worker; 0 shares the machine's cores."""
     max_failures: NonNegativeInt = 3
@@ -153,8 +169,10 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
     "clip": ObjectiveConfig(weights=WeightsConfig(cma=1), cma=CmaConfig(kind="clip"), alpha=0.0),
     "albef": ObjectiveConfig(weights=WeightsConfig(cma=1, itm=1, mlm=1)),
     "tcl": ObjectiveConfig(weights=WeightsConfig(cma=THIRD, imc=THIRD, lmi=THIRD, itm=1, mlm=1)),
+    "codis": ObjectiveConfig(weights=WeightsConfig(cma=2, imc=2, code=2, ot=2, itm=1, mlm=1)),
+    "both": ObjectiveConfig(weights=WeightsConfig(cma=THIRD, imc=THIRD, lmi=THIRD, code=THIRD, ot=THIRD, itm=1, mlm=1)),
 }
-"""The papers' objectives; weights multiply the mean of a term's directions."""
+"""The papers' objectives, and both together; weights multiply the mean of a term's directions."""
 
 
 def _dual(objective: ObjectiveConfig) -> ObjectiveConfig:
@@ -188,6 +206,7 @@ def _tiny(preset: str, objective: ObjectiveConfig) -> ExperimentConfig:
             {
                 "teacher.momentum": 0.95,  # a few hundred steps: the papers' 0.995 would never catch up
                 "queue.size": 4096,
+                "codebook.size": 256,
                 "temperature.learn": False,  # learnt at this rate it falls to a third and spoils the early steps
             }
         ),
@@ -209,7 +228,7 @@ def _small(preset: str, objective: ObjectiveConfig) -> ExperimentConfig:
             fusion=FusionConfig(layers=4),
             embed_dim=256,
         ),
-        objective=objective.override({"teacher.momentum": 0.99, "queue.size": 16_384}),
+        objective=objective.override({"teacher.momentum": 0.99, "queue.size": 16_384, "codebook.size": 1024}),
         pairs=PairsConfig(crop_area_min=0.3),
         optim=OptimConfig(learning_rate=5e-4, batch_size=128, epochs=10, min_samples=200_000),
         validation=ValidationConfig(rerank_top=32),

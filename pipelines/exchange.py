@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models.batch import Context, Features
 from models.config import ObjectiveConfig
 from models.gather import Workers
-from models.objectives import Part, infonce
+from models.objectives import infonce
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,26 @@ def gather_leaves(leaves: Features, objective: ObjectiveConfig, peers: Peers) ->
     return leaves._replace(**fields)
 
 
-def reduce_parts(parts: dict[str, Part], workers: Workers) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Mean of each part over all workers, and the global counts (at least 1)."""
-    device = next(iter(parts.values())).sum.device
-    sums = torch.stack([part.sum.detach().double() for part in parts.values()])
-    counts = torch.stack([torch.as_tensor(part.count, device=device).detach().double() for part in parts.values()])
-    totals = workers.all_reduce_sum(torch.stack([sums, counts]))
-    global_counts = totals[1].clamp(min=1)
-    means = totals[0] / global_counts
-    return dict(zip(parts, means, strict=True)), dict(zip(parts, global_counts, strict=True))
+def reduce_scalars(values: dict[str, Tensor], workers: Workers) -> dict[str, Tensor]:
+    """Each value summed over the workers, in float64."""
+    if not values:
+        return {}
+    totals = workers.all_reduce_sum(torch.stack([value.detach().double() for value in values.values()]))
+    return dict(zip(values, totals, strict=True))
 
 
-def backward_through_towers(student: Features, context: Context, workers: Workers) -> None:
-    """Add other workers' share to the leaves' gradients, then run them back through the towers."""
-    roots, gradients = [], []
-    for name, output in student._asdict().items():
-        leaf, everyone = getattr(context.student, name), getattr(context.all_student, name)
+def leaf_gradients(context: Context, workers: Workers) -> dict[str, Tensor]:
+    """The whole loss's gradient in this worker's student features, by field: other workers' share is added here."""
+    gradients = {}
+    for name, leaf in context.student._asdict().items():
+        everyone, gradient = getattr(context.all_student, name), leaf.grad
         if everyone is not leaf:
             shared = everyone.grad if everyone.grad is not None else torch.zeros_like(everyone)
             mine = workers.all_reduce_sum(shared)[context.offset : context.offset + len(leaf)]
-            leaf.grad = mine if leaf.grad is None else leaf.grad + mine
-        if leaf.grad is not None:
-            roots.append(output)
-            gradients.append(leaf.grad.to(output.dtype))
-    torch.autograd.backward(roots, gradients)
+            gradient = mine if gradient is None else gradient + mine
+        if gradient is not None:
+            gradients[name] = gradient
+    return gradients
 
 
 def sum_gradients(parameters: list[nn.Parameter], workers: Workers, bucket: int = 2**25) -> None:

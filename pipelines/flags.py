@@ -39,7 +39,10 @@ def parse_flags(arguments: Sequence[str], default: C) -> C:
         return default.override(changes)
     except ValidationError as error:
         first = error.errors()[0]
-        flag = _spelled(".".join(str(part) for part in first["loc"]))
+        place = [str(part) for part in first["loc"]]
+        while place and ".".join(place) not in known:  # a union's error also names the alternative that failed
+            place.pop()
+        flag = _spelled(".".join(place or [str(part) for part in first["loc"]]))
         raise UsageError(f"--{flag} {first['input']}: {first['msg'].lower()}") from None
 
 

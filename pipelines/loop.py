@@ -1,14 +1,12 @@
 """What each Ray Train worker does: stream its share, step, validate, checkpoint."""
 
 import logging
-import os
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import ray.train
 import torch
 import torch.distributed as dist
@@ -19,21 +17,23 @@ from models.checkpoint import verify_files
 from models.config import InputError
 from models.draws import hash64
 from models.gather import DistributedWorkers, SoloWorkers, Workers
-from models.masking import SpecialTokens
-from models.objectives import build_model
+from models.objectives import Moment
 from models.preprocess import CaptionTokenizer, PreprocessorConfig
 from pipelines.augment import augment
-from pipelines.checkpoints import Progress, RunFiles, load_initial, read_checkpoint, read_table, write_checkpoint
+from pipelines.checkpoints import Progress, RunFiles, read_checkpoint, read_table, write_checkpoint
 from pipelines.config import ExperimentConfig
 from pipelines.ledger import check_balance, check_skipped
 from pipelines.manifest import Manifest
 from pipelines.meter import Meter
 from pipelines.plan import merge
 from pipelines.records import Records
-from pipelines.schedule import cosine_rate, ramped_alpha, tcl_rate
-from pipelines.step import StepSettings, TrainState, equalise, make_state, parameter_groups, training_step
+from pipelines.schedule import cosine_rate, moment_at, tcl_rate
+from pipelines.startup import set_threads, start_state, step_settings
+from pipelines.state import equalise
+from pipelines.step import training_step
 from pipelines.stream import EpochStream, Rows
 from pipelines.validate import Validation
+from pipelines.watch import TrainingStopped, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +58,6 @@ class Counts(NamedTuple):
     longest: int
 
 
-class TrainingStopped(RuntimeError):
-    """Training cannot go on, and trying again would not help: one line that says why."""
-
-
 def train_worker(job: Job) -> dict[str, Any]:
     """Train's entry point. Returns the run's last numbers, or {"stopped": reason} on every rank alike."""
     run = Run(job)
@@ -79,16 +75,11 @@ class Run:
     def __init__(self, job: Job) -> None:
         self.job, self.experiment = job, job.experiment
         self.workers: Workers = DistributedWorkers() if dist.is_initialized() else SoloWorkers()
-        _set_threads(self.experiment, self.workers.world_size)
+        set_threads(self.experiment.compute, self.workers.world_size)
         self.device = get_device()
         self.tokenizer = CaptionTokenizer.from_json(job.tokenizer_json)
-        text = self.experiment.encoder.text
-        tokens = SpecialTokens(
-            self.tokenizer.pad_id, self.tokenizer.cls_id, self.tokenizer.mask_id, text.architecture["vocab_size"]
-        )
-        bf16 = self.experiment.compute.bf16 and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.settings = StepSettings(self.experiment.objective, tokens, self.experiment.optim.clip_norm, bf16)
-        self.state = _make_state(job, self.device)
+        self.settings = step_settings(self.experiment, self.tokenizer, self.device)
+        self.state = start_state(self.experiment, job.initial_weights, self.device)
         self.records = Records(self.experiment.pairs.record_ids)
         self.progress = Progress()
         self._restore()
@@ -104,6 +95,7 @@ class Run:
             self.planned,
         )
         self.meter = Meter()
+        self.watch = Watch(self.state, self.settings, self.workers, self.experiment.encoder.embed_dim)
         self.metrics: dict[str, float] = {}
 
     def _restore(self) -> None:
@@ -129,6 +121,8 @@ class Run:
                 continue
             if counts.good:
                 self._step(rows, counts)
+            else:
+                self.meter.empty_steps += 1
             self.progress.seen += counts.positions
             self.progress.epoch_good += counts.good
             self.records.add(rows, self.progress.step, self.workers.rank)
@@ -151,18 +145,21 @@ class Run:
 
     def _step(self, rows: Rows | None, counts: Counts) -> None:
         batch = to_batch(rows, counts.longest, self.experiment, self.device)
-        epochs_seen = self.progress.seen / self.job.manifest.count
-        objective = self.experiment.objective
-        alpha = ramped_alpha(objective.alpha, objective.alpha_ramp_epochs, epochs_seen)
+        due = (self.progress.step + 1) % self.experiment.progress.every == 0
         rate = self._learning_rate()
         for group in self.state.optimizer.param_groups:
             group["lr"] = rate
-        result = training_step(self.state, batch, self.settings, alpha, self.workers)
+        result = training_step(self.state, batch, self.settings, self._moment(due), self.workers)
         self.progress.step += 1
         self.progress.epoch_step += 1
-        self.meter.add(result, counts.good)
-        if self.progress.step % self.experiment.progress.every == 0:
-            self._report_step(rate, alpha)
+        self.meter.add(result, counts.good, self.progress.step)
+        if due:
+            self._report_step(rate)
+
+    def _moment(self, measured: bool = False) -> Moment:
+        epochs = self.progress.seen / self.job.manifest.count
+        share = self.progress.seen / self.planned
+        return moment_at(self.experiment.objective, share, epochs, self.progress.step, measured)
 
     def _learning_rate(self) -> float:
         optim = self.experiment.optim
@@ -171,19 +168,25 @@ class Run:
         epochs = max(1.0, self.planned / self.job.manifest.count)
         return tcl_rate(optim, self.progress.position.epoch, self.progress.epoch_step, epochs)
 
-    def _report_step(self, rate: float, alpha: float) -> None:
-        values = self.meter.read()
-        bad = [name for name, value in values.items() if name.startswith("train/loss/") and not np.isfinite(value)]
-        if bad or not np.isfinite(values.get("train/gradient_norm", 0.0)):
-            names = ", ".join(name.removeprefix("train/loss/") for name in bad) or "the gradient"
-            raise TrainingStopped(
-                f"step {self.progress.step}: {names} is not finite; lower optim.learning_rate or set optim.clip_norm"
-            )
-        if values:
-            temperature = float(self.state.model.temperature.detach())
-            extra = {"train/learning_rate": rate, "train/alpha": alpha, "train/temperature": temperature}
-            self.metrics |= values | extra | {"samples_seen": float(self.progress.seen)}
-            self._tell("step", values | extra)
+    def _report_step(self, rate: float) -> None:
+        """Losses, speed and the codebook's state since the last report; stops where they say that it is pointless."""
+        values, step = self.meter.read(), self.progress.step
+        usage = self.watch.usage(step, self.progress.seen / self.planned)  # shared by all workers, so at every report
+        if not values:
+            return
+        temperature = float(self.state.model.temperature.detach())
+        values |= usage | {
+            "train/learning_rate": rate,
+            "train/alpha": self._moment().alpha,
+            "train/temperature": temperature,
+        }
+        self.metrics |= values | {"samples_seen": float(self.progress.seen)}
+        self._tell("step", values)
+        self.watch.require_finite(values, self.meter.bad_steps, step)
+        for alarm in self.watch.alarms(values, step, self.progress.seen / self.planned):
+            self._tell("alarm", {}, key=alarm.key, value=alarm.value, level=alarm.level, text=alarm.message)
+            if alarm.level == "stop":
+                raise TrainingStopped(f"step {step}: {alarm.message}")
 
     def _end_epoch(self) -> None:
         """Check that every position of the epoch was trained or ledgered, then turn to the next."""
@@ -200,7 +203,7 @@ class Run:
 
     def _checkpoint(self) -> None:
         """Validate, write a checkpoint, hand it to Train (which uploads it while training goes on)."""
-        self._report_step(self.state.optimizer.param_groups[0]["lr"], self.experiment.objective.alpha)
+        self._report_step(self.state.optimizer.param_groups[0]["lr"])
         started = time.perf_counter()
         scores = self.validation.score(self.state.model)
         self.metrics |= scores | {"step": self.progress.step, "perf/validation_seconds": time.perf_counter() - started}
@@ -232,10 +235,10 @@ class Run:
         self.progress.epoch_skipped += int(self.workers.all_reduce_sum(skipped))
         self.records.skipped_in_epoch = 0
 
-    def _tell(self, kind: str, metrics: dict[str, float]) -> None:
+    def _tell(self, kind: str, metrics: dict[str, float], **more: Any) -> None:
         if self.workers.rank == 0:
             event = {"kind": kind, "step": self.progress.step, "samples": self.progress.seen, "planned": self.planned}
-            self.job.mailbox.put.remote(event | {"metrics": metrics})
+            self.job.mailbox.put.remote(event | {"metrics": metrics} | more)
 
 
 def planned_samples(experiment: ExperimentConfig, count: int) -> int:
@@ -272,22 +275,3 @@ def to_batch(rows: Rows | None, longest: int, experiment: ExperimentConfig, devi
         image_id=columns["image_id"],
         caption_id=columns["caption_id"],
     )
-
-
-def _set_threads(experiment: ExperimentConfig, world_size: int) -> None:
-    """Torch threads of this worker; Ray leaves one, and workers on one machine should share its cores."""
-    if not experiment.compute.gpus:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        torch.set_num_threads(experiment.compute.threads or max(1, (os.cpu_count() or 1) // max(here, 1)))
-
-
-def _make_state(job: Job, device: torch.device) -> TrainState:
-    experiment, optim = job.experiment, job.experiment.optim
-    torch.manual_seed(experiment.seed)
-    model = build_model(experiment.encoder, experiment.objective, pretrained=not job.initial_weights)
-    if job.initial_weights:
-        load_initial(model, job.initial_weights)
-    model = model.to(device).train()
-    groups = parameter_groups(model, optim.weight_decay)
-    fused = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
-    return make_state(model, experiment.objective, fused)

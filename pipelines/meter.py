@@ -6,18 +6,23 @@ from contextlib import contextmanager
 
 import torch
 
-from pipelines.step import StepResult
+from pipelines.state import StepResult
 
 
 class Meter:
     """Collects steps, is read at the logging interval."""
 
     def __init__(self) -> None:
+        self.bad_steps: list[int] = []
+        """Steps before the last reading in which this worker's own sums were not finite."""
         self.restart()
 
     def restart(self) -> None:
         """Forget everything; also called after a pause that is no training."""
         self._results: list[dict[str, torch.Tensor]] = []
+        self._finite: list[tuple[int, torch.Tensor]] = []
+        self.empty_steps = 0
+        """Global batches of which no sample was good."""
         self._samples, self._waited, self._started = 0, 0.0, time.perf_counter()
 
     @contextmanager
@@ -27,10 +32,12 @@ class Meter:
         yield
         self._waited += time.perf_counter() - started
 
-    def add(self, result: StepResult, samples: int) -> None:
+    def add(self, result: StepResult, samples: int, step: int) -> None:
         """One step over `samples` good samples of all workers."""
         named = {f"train/loss/{name}": value for name, value in result.terms.items()}
-        self._results.append(named | {"train/loss/total": result.loss, "train/gradient_norm": result.gradient_norm})
+        named |= {"train/loss/total": result.loss, "train/gradient_norm": result.gradient_norm}
+        self._results.append(named | result.metrics)
+        self._finite.append((step, result.finite))
         self._samples += samples
 
     def read(self) -> dict[str, float]:
@@ -46,5 +53,8 @@ class Meter:
         means = {name: float(torch.stack(v).mean()) for name, v in values.items()}
         means["perf/samples_per_second"] = self._samples / seconds
         means["perf/data_wait_share"] = self._waited / seconds
+        if self.empty_steps:
+            means["train/empty_steps"] = float(self.empty_steps)
+        self.bad_steps = [step for step, finite in self._finite if not bool(finite)]
         self.restart()
         return means

@@ -10,7 +10,10 @@ import ray
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
-"""{"kind": "step" | "validation" | "note", "step": int, "samples": int, "metrics": {...}, "text": str}."""
+"""{"kind": "step" | "validation" | "alarm", "step": int, "samples": int, "planned": int, "metrics": {...}}.
+
+An alarm has no metrics but key, value, level and text.
+"""
 
 
 @ray.remote(num_cpus=0)

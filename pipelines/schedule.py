@@ -1,7 +1,9 @@
-"""Learning rate and alpha as functions of how far a run has come."""
+"""Learning rate, alpha and the codebook's ramp as functions of how far a run has come."""
 
 import math
 
+from models.config import ObjectiveConfig
+from models.objectives import Moment
 from pipelines.config import OptimConfig
 
 TCL_WARMUP_ITERATIONS = 100
@@ -35,3 +37,17 @@ def tcl_rate(optim: OptimConfig, epoch: int, iteration: int, epochs: float) -> f
 def ramped_alpha(alpha: float, ramp_epochs: float, epochs_seen: float) -> float:
     """alpha, rising linearly from 0 over the first `ramp_epochs` epochs (TCL spec 2.6)."""
     return alpha * min(1.0, epochs_seen / ramp_epochs) if ramp_epochs > 0 else alpha
+
+
+def moment_at(objective: ObjectiveConfig, progress: float, epochs_seen: float, step: int, measured: bool) -> Moment:
+    """What changes with time, at `progress` (samples seen over planned); the codebook's ramp is codebook spec 2.6's."""
+    codebook = objective.codebook
+    after = progress - codebook.start
+    ramp = min(max(after / codebook.ramp, 0.0), 1.0) if codebook.ramp > 0 else float(after >= 0)
+    return Moment(
+        alpha=ramped_alpha(objective.alpha, objective.alpha_ramp_epochs, epochs_seen),
+        ramp=ramp,
+        frozen=progress < codebook.freeze,
+        measured=measured,
+        step=step,
+    )

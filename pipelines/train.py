@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from models.checkpoint import verify_files, write_files_json
 from models.config import InputError
 from models.encoders import resolve
-from models.objectives import coefficients
+from models.objectives import Moment, check_codebook, coefficients
 from models.preprocess import CaptionTokenizer, clean_caption, load_tokenizer, train_tokenizer
 from pipelines import cluster, storage
 from pipelines.capacity import require_capacity
@@ -56,6 +56,11 @@ class FitResult:
     history: list[Event] = field(default_factory=list)
     """Step and validation events of this process, in order."""
     mlflow_run_id: str = ""
+
+    @property
+    def alarms(self) -> list[str]:
+        """What the codebook's alarms said, healthy ranges left aside."""
+        return [event["text"] for event in self.history if event["kind"] == "alarm" and event["level"] != "range"]
 
 
 def fit(experiment: ExperimentConfig, resume: bool = False) -> FitResult:
@@ -132,8 +137,10 @@ def prepare(experiment: ExperimentConfig, run: str, resume: bool) -> Prepared:
         raise InputError(f"{run}: a run of that name exists; choose another --name, or go on with it by --resume")
     if resume and not exists:
         raise InputError(f"{run}: no run to resume; check --out and --name")
-    if not coefficients(experiment.objective, experiment.objective.alpha):
+    if not coefficients(experiment.objective, Moment(experiment.objective.alpha)):
         raise InputError("objective.weights: every weight is 0, so nothing would be learnt; give a term a weight")
+    for note in check_codebook(experiment.objective, experiment.optim.batch_size):
+        logger.warning(note)
     validation = build_manifest(experiment.val_data, experiment.pairs)
     if resume:
         stored = read_experiment(config)
@@ -211,6 +218,9 @@ def _start_tracking(experiment: ExperimentConfig, run: str, prepared: Prepared, 
 def _handle(event: Event, tracker: Tracker, history: list[Event]) -> None:
     """Print, remember and track one event."""
     history.append(event)
+    if event["kind"] == "alarm":
+        logger.warning("step %d  %s", event["step"], event["text"])
+        return
     if event["kind"] == "validation":
         logger.info(validation_line(event))
     else:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models import contrast, terms
+from models import contrast, fusion_terms, terms
 from models.batch import Batch, Pinned
 from models.config import (
     EncoderConfig,
@@ -27,20 +27,13 @@ from models.config import (
 from models.encoders import resolve
 from models.gather import SoloWorkers
 from models.masking import Masked, SpecialTokens
-from models.objectives import build_model
+from models.objectives import Moment, build_model
 from models.reference import Mismatch, load_reference
-from pipelines.step import (
-    StepResult,
-    StepSettings,
-    TrainState,
-    build_context,
-    clamp_temperature,
-    encode,
-    make_state,
-    parameter_groups,
-    training_step,
-    update_teacher,
-)
+from models.teacher import update_teacher
+from pipelines.context import build_context
+from pipelines.state import StepResult, StepSettings, TrainState, make_state, parameter_groups
+from pipelines.step import clamp_temperature, training_step
+from pipelines.towers import encode
 
 FOLDER = Path(os.environ.get("TRIPTYCH_GOLDEN_DIR") or Path(__file__).parent / "golden" / "tcl")
 EXPECTED: dict[str, Any] = json.loads((FOLDER / "expected.json").read_text())
@@ -142,7 +135,7 @@ def probe(state: TrainState, settings: StepSettings, batch: Batch, alpha: float,
     with torch.no_grad():
         student = encode(state.model, batch.view1, batch)
     update_teacher(state.teacher, state.model, settings.objective.teacher.momentum)
-    context, _ = build_context(state, student, batch, settings, alpha, SoloWorkers(), pinned)
+    context, _ = build_context(state, student, batch, settings, Moment(alpha), SoloWorkers(), pinned)
     temperature, queue, teacher = context.temperature.detach(), state.queue, context.teacher
     sims = {
         f"sim_{name}": contrast.similarities(query, keys, entries, temperature)
@@ -186,15 +179,18 @@ def probe_language(
     with torch.no_grad():
         student = encode(state.model, batch.view1, batch)
         update_teacher(state.teacher, state.model, settings.objective.teacher.momentum)
-        context, _ = build_context(state, student, batch, settings, 0.5, SoloWorkers(), pinned)
+        context, _ = build_context(state, student, batch, settings, Moment(0.5), SoloWorkers(), pinned)
         memory = state.model.fusion.image_memory(student.image_tokens)
         teacher_memory = state.teacher.fusion.image_memory(context.teacher.image_tokens)
         logits = {
-            "mlm_logits_masked": terms.language_logits(state.model, pinned.masked, batch.mask, memory),
-            "mlm_logits_m_masked": terms.language_logits(state.teacher, pinned.masked, batch.mask, teacher_memory),
+            "mlm_logits_masked": fusion_terms.language_logits(state.model, pinned.masked, batch.mask, memory),
+            "mlm_logits_m_masked": fusion_terms.language_logits(
+                state.teacher, pinned.masked, batch.mask, teacher_memory
+            ),
         }
-        parts = terms.language_parts(state.model, state.teacher, context, memory, 0.5, settings.tokens)
-    return logits, {name: float(part.sum / part.count) for name, part in parts.items()}
+        rows, count = slice(0, len(batch)), int(pinned.masked.selected.sum())
+        sums = fusion_terms.language_sums(state.model, state.teacher, context, memory, pinned.masked, rows)
+    return logits, {name: float(value / count) for name, value in sums.items()}
 
 
 def run_step(state: TrainState, settings: StepSettings, batch: Batch, alpha: float, pinned: Pinned) -> Record:
@@ -206,7 +202,7 @@ def run_step(state: TrainState, settings: StepSettings, batch: Batch, alpha: flo
     hook = state.model.fusion.matching.register_forward_hook(
         lambda module, inputs, output: out.update(itm_embeds=inputs[0].detach(), itm_logits=output.detach())
     )
-    result = training_step(state, batch, settings, alpha, pinned=pinned)
+    result = training_step(state, batch, settings, Moment(alpha), pinned=pinned)
     hook.remove()
     out |= {"image_queue": state.queue.image.T.clone(), "text_queue": state.queue.text.T.clone()}
     out |= {"queue_ptr": state.queue.pointer[None].clone(), "idx_queue": state.queue.image_id[None].clone()}

@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 from models.config import ObjectiveConfig
+from models.fusion_terms import hard_negatives
 from models.gather import DistributedWorkers, SoloWorkers, Workers
-from models.terms import contrast_parts, hard_negatives
-from pipelines.step import TrainState, build_context, encode, equalise, training_step
+from models.objectives import Moment
+from models.terms import contrast_parts
+from pipelines.context import build_context
+from pipelines.state import TrainState, equalise
+from pipelines.step import training_step
+from pipelines.towers import encode
 from tests import tiny
 
 ROWS = 5
@@ -40,7 +45,7 @@ def run(goal: ObjectiveConfig, shards: list[list[int]], dtype: torch.dtype, shar
         if not solo:
             rows = tiny.part(rows, sum(counts[: workers.rank]), counts[workers.rank])
         trace.negatives.append(negatives(state, rows, goal, workers))
-        result = training_step(state, rows, tiny.settings(goal), goal.alpha, workers)
+        result = training_step(state, rows, tiny.settings(goal), Moment(goal.alpha), workers)
         trace.losses.append(float(result.loss))
         trace.norms.append(float(result.gradient_norm))
         trace.gradients.append({name: p.grad.clone() for name, p in state.model.named_parameters() if p.requires_grad})
@@ -54,14 +59,14 @@ def negatives(state: TrainState, rows: Any, goal: ObjectiveConfig, workers: Work
         return torch.zeros(2, 0, dtype=torch.int64)
     with torch.no_grad():
         student = encode(state.model, rows.view1, rows)
-    context, _ = build_context(state, student, rows, tiny.settings(goal), goal.alpha, workers, None)
+    context, _ = build_context(state, student, rows, tiny.settings(goal), Moment(goal.alpha), workers)
     _, match_logits = contrast_parts(goal, state.model, context)
-    return hard_negatives(context, match_logits)[0]
+    return torch.stack(hard_negatives(context, match_logits)[:2])
 
 
 def everything(state: TrainState) -> dict[str, Tensor]:
     """Model, teacher and queue under one set of names."""
-    parts = {"model": state.model, "teacher": state.teacher, "queue": state.queue}
+    parts = {"model": state.model, "teacher": state.teacher, "queue": state.queue, "usage": state.usage}
     return {
         f"{part}.{name}": tensor.clone()
         for part, module in parts.items()

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from models.config import EncoderConfig, InputError, TextConfig, VisionConfig
-from models.encoders import DualEncoder, resolve
+from models.encoders import DualEncoder, Heads, resolve
 from tests import tiny
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -210,7 +210,7 @@ def test_fusion_heads_must_divide_the_width_of_the_text_tower(tmp_path):
     resolved = resolve(config(text=saved(odd, tmp_path)).override({"text.heads": 4}))
     DualEncoder(resolved)
     with pytest.raises(InputError, match="4 does not divide the text tower's width 18"):
-        DualEncoder(resolved, matching=True)
+        DualEncoder(resolved, Heads(matching=True))
 
 
 @pytest.mark.parametrize("size", [16, 19])
@@ -254,7 +254,7 @@ def test_an_empty_batch_still_reaches_every_parameter():
 
 def test_matching_looks_at_the_image_and_at_words_but_not_at_padding():
     torch.manual_seed(0)
-    model = DualEncoder(tiny.encoder(), matching=True).double().eval()
+    model = DualEncoder(tiny.encoder(), Heads(matching=True)).double().eval()
     rows = tiny.batch(3)
     image, text = model.encode_image(rows.view1), model.encode_text(rows.ids, rows.mask)
     logits = model.fusion.match_logits(text, rows.mask, image)

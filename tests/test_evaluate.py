@@ -6,7 +6,7 @@ import torch
 
 from models.checkpoint import Package
 from models.config import EncoderConfig, InputError
-from models.encoders import DualEncoder, resolve
+from models.encoders import DualEncoder, Heads, resolve
 from models.metrics import retrieval_recall
 from models.preprocess import CaptionTokenizer, PreprocessorConfig, normalize, train_tokenizer
 from pipelines import rerank as rerank_module
@@ -32,7 +32,7 @@ def make_package(matching=True):
     )
     torch.manual_seed(3)
     config = resolve(config, tokenizer.vocab_size)
-    model = DualEncoder(config, matching=matching).eval()
+    model = DualEncoder(config, Heads(matching=matching)).eval()
     for parameter in model.parameters():  # untrained weights hardly look at their input: make them
         parameter.data.mul_(4)
     preprocessor = PreprocessorConfig(image_size=16, max_tokens=9)

@@ -7,28 +7,34 @@ import math
 import pytest
 import torch
 
-from models import draws, terms
+from models import draws, fusion_terms, terms
 from models.batch import Batch
 from models.config import InputError, ObjectiveConfig, WeightsConfig
-from models.objectives import build_model, coefficients, needs_queue, needs_teacher, term_means
+from models.objectives import Moment, build_model, coefficients, needs_queue, needs_teacher, term_means
+from pipelines import codes as codes_module
+from pipelines import context as context_module
 from pipelines import step as step_module
 from pipelines.config import OBJECTIVES, PRESETS
 from pipelines.step import training_step
 from tests import tiny
 
 THIRD = 1 / 3
-WEIGHTS = {  # cma, imc, lmi, itm, mlm: spec/codebook.md 2.3
-    "clip": (1, 0, 0, 0, 0),
-    "albef": (1, 0, 0, 1, 1),
-    "tcl": (THIRD, THIRD, THIRD, 1, 1),
-    "albef-dual": (1, 0, 0, 0, 0),
-    "tcl-dual": (THIRD, THIRD, THIRD, 0, 0),
+WEIGHTS = {  # cma, imc, lmi, code, ot, itm, mlm: codebook spec 2.3
+    "clip": (1, 0, 0, 0, 0, 0, 0),
+    "albef": (1, 0, 0, 0, 0, 1, 1),
+    "tcl": (THIRD, THIRD, THIRD, 0, 0, 1, 1),
+    "codis": (2, 2, 0, 2, 2, 1, 1),
+    "both": (THIRD, THIRD, THIRD, THIRD, THIRD, 1, 1),
+    "albef-dual": (1, 0, 0, 0, 0, 0, 0),
+    "tcl-dual": (THIRD, THIRD, THIRD, 0, 0, 0, 0),
+    "codis-dual": (2, 2, 0, 2, 2, 0, 0),
+    "both-dual": (THIRD, THIRD, THIRD, THIRD, THIRD, 0, 0),
 }
 
 
 def one_step(goal: ObjectiveConfig, rows: Batch, alpha: float | None = None, state=None):
     state = state or tiny.state(goal)
-    result = training_step(state, rows, tiny.settings(goal), goal.alpha if alpha is None else alpha)
+    result = training_step(state, rows, tiny.settings(goal), Moment(goal.alpha if alpha is None else alpha))
     return result, state
 
 
@@ -47,19 +53,19 @@ def assert_finite(result, state) -> None:
 def test_presets_have_the_published_weights(name, size):
     goal = PRESETS[f"{name}-{size}"].objective
     w = goal.weights
-    assert (w.cma, w.imc, w.lmi, w.itm, w.mlm) == pytest.approx(WEIGHTS[name])
+    assert (w.cma, w.imc, w.lmi, w.code, w.ot, w.itm, w.mlm) == pytest.approx(WEIGHTS[name])
     assert goal.cma.kind == ("clip" if name == "clip" else "infonce")
     assert goal.alpha == (0.0 if name == "clip" else 0.4) and goal.duplicates == "mask" and goal.negatives == "global"
     assert "clip-dual-tiny" not in PRESETS
 
 
 def test_parts_are_weighted_so_that_tcl_is_the_mean_of_six_directions():
-    weights = coefficients(OBJECTIVES["tcl"], 0.4)
+    weights = coefficients(OBJECTIVES["tcl"], Moment(0.4))
     six = ("i2t", "t2i", "i2i", "t2t", "lmi_image", "lmi_text")
     assert all(weights[name] == pytest.approx(1 / 6) for name in six)
     assert (weights["itm"], weights["mlm_hard"], weights["mlm_distill"]) == pytest.approx((1, 0.6, 0.4))
-    assert "mlm_distill" not in coefficients(OBJECTIVES["tcl"], 0.0)
-    assert "mlm_hard" not in coefficients(OBJECTIVES["tcl"], 1.0)
+    assert "mlm_distill" not in coefficients(OBJECTIVES["tcl"], Moment(0.0))
+    assert "mlm_hard" not in coefficients(OBJECTIVES["tcl"], Moment(1.0))
 
 
 def test_terms_are_means_of_their_directions_and_add_up_to_the_loss():
@@ -121,12 +127,19 @@ def test_a_step_makes_just_the_passes_its_terms_need(preset):
             "sigmoid",
             ("uniform", "mask_tokens", "local_parts", "cross_parts", "scores", "pool_patches", "update_teacher"),
         ),
-        ("tcl-dual", ("uniform", "mask_tokens", "sigmoid_parts", "fusion")),
+        ("tcl-dual", ("uniform", "mask_tokens", "sigmoid_parts", "fusion", "solve", "code_sums", "koleo")),
+        ("both", ("sigmoid_parts", "koleo")),
         ("albef", ("local_parts", "sigmoid_parts", "pool_patches")),
     ],
 )
 def test_what_no_term_needs_is_not_called(preset, unused, monkeypatch):
-    places = {"uniform": draws, "pool_patches": step_module, "update_teacher": step_module}
+    places = {
+        "uniform": draws,
+        "mask_tokens": fusion_terms,
+        "pool_patches": context_module,
+        "solve": codes_module,
+        "update_teacher": step_module,
+    }
     for name in unused:
         if name == "fusion":
             monkeypatch.setattr("models.fusion.FusionEncoder.__init__", forbidden)
@@ -173,7 +186,7 @@ def test_a_temperature_that_no_term_looks_at_is_no_trained_parameter():
 
 
 TERMS = list(WeightsConfig.model_fields)
-SUBSETS = [chosen for count in range(1, 6) for chosen in itertools.combinations(TERMS, count)]
+SUBSETS = [chosen for count in range(1, len(TERMS) + 1) for chosen in itertools.combinations(TERMS, count)]
 
 
 @pytest.mark.parametrize("number", range(len(SUBSETS)))
@@ -184,8 +197,9 @@ def test_any_subset_of_terms_trains(number):
     result, state = one_step(goal, tiny.batch(4))
     assert set(result.terms) == set(chosen)
     assert_finite(result, state)
-    moved = [n for n, p in state.model.named_parameters() if p.requires_grad and bool(p.grad.any())]
-    assert any(name.startswith("vision") for name in moved) and any(name.startswith("text") for name in moved)
+    moved = {n.split(".")[0] for n, p in state.model.named_parameters() if p.requires_grad and bool(p.grad.any())}
+    assert ({"vision", "text"} <= moved) == bool(set(chosen) - {"ot", "koleo"})
+    assert ("codebook" in moved) == bool({"code", "ot", "koleo"} & set(chosen))
 
 
 @pytest.mark.parametrize("duplicates", ["mask", "positive", "ignore"])

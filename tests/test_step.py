@@ -6,24 +6,21 @@ import pytest
 import torch
 
 from models.config import ObjectiveConfig
+from models.fusion_terms import draw, fusion_counts, fusion_sums
 from models.gather import SoloWorkers
-from models.terms import contrast_parts, fusion_parts
+from models.objectives import Moment
+from models.terms import contrast_parts
+from pipelines.context import build_context
 from pipelines.exchange import sum_gradients
-from pipelines.step import (
-    build_context,
-    clamp_temperature,
-    encode,
-    loss_and_gradients,
-    make_state,
-    parameter_groups,
-    training_step,
-)
+from pipelines.state import make_state, parameter_groups
+from pipelines.step import clamp_temperature, loss_and_gradients, training_step
+from pipelines.towers import encode
 from tests import step_cases, tiny
 from tests.ranks import on_ranks
 
 KEY_BIAS = re.compile(r"(key|k_proj)\.bias$")
 """Shifts every score of a query alike, so that its gradient is rounding noise."""
-PRESETS = ("clip", "tcl", "tcl-dual", "albef", "sigmoid")
+PRESETS = ("clip", "tcl", "tcl-dual", "albef", "sigmoid", "codis", "both")
 SHARDS = {2: [[3, 2], [5, 0]], 3: [[2, 0, 3], [1, 3, 1]]}
 LOCAL = [[3, 3], [3, 3]]
 
@@ -42,7 +39,7 @@ def jobs() -> dict[tuple, tuple]:
                 step_cases.run,
                 (tiny.objective(preset), shards, torch.float64),
             )
-    for preset in ("tcl", "clip"):
+    for preset in ("tcl", "codis", "both", "clip"):
         cases[preset, 2, torch.float32] = (2, step_cases.run, (tiny.objective(preset), SHARDS[2], torch.float32))
     cases["local"] = (2, step_cases.run, (local_goal(), LOCAL, torch.float64))
     cases["other seeds"] = (2, step_cases.run, (tiny.objective("tcl"), SHARDS[2], torch.float64, False))
@@ -96,7 +93,7 @@ def test_wrong_images_and_captions_do_not_depend_on_the_rank(ranked):
                 assert torch.equal(together, alone.negatives[step])
 
 
-@pytest.mark.parametrize("preset", ["tcl", "clip"])
+@pytest.mark.parametrize("preset", ["tcl", "codis", "both", "clip"])
 def test_ranks_agree_in_single_precision(ranked, preset):
     alone = step_cases.run(tiny.objective(preset), SHARDS[2], torch.float32)
     for trace in ranked[preset, 2, torch.float32]:
@@ -116,9 +113,9 @@ def test_local_negatives_are_the_mean_of_each_workers_own_terms(ranked):
     losses, gradients = [], []
     for first in (0, size):
         copy = tiny.state(goal)
-        means, _ = loss_and_gradients(
-            copy, tiny.part(whole, first, size), tiny.settings(goal), goal.alpha, SoloWorkers(), None
-        )
+        means = loss_and_gradients(
+            copy, tiny.part(whole, first, size), tiny.settings(goal), Moment(goal.alpha), SoloWorkers()
+        ).means
         losses.append(sum(float(mean) * weight for mean, weight in zip(means.values(), [1 / 6] * 6 + [1], strict=True)))
         gradients.append({name: p.grad for name, p in copy.model.named_parameters()})
     for trace in traces:
@@ -157,7 +154,7 @@ def test_gradient_is_that_of_the_loss(preset):
     goal = tiny.objective(preset)
     rows, options = tiny.batch(4), tiny.settings(goal)
     state = tiny.state(goal)
-    means, _ = loss_and_gradients(state, rows, options, goal.alpha, SoloWorkers(), None)
+    means = loss_and_gradients(state, rows, options, Moment(goal.alpha), SoloWorkers()).means
     again = tiny.state(goal)
     clamp_temperature(again.model, goal)
     student = encode(again.model, rows.view1, rows)
@@ -165,16 +162,22 @@ def test_gradient_is_that_of_the_loss(preset):
         with torch.no_grad():
             for copy, online in zip(again.teacher.parameters(), state.teacher.parameters(), strict=True):
                 copy.copy_(online)
-    context, _ = build_context(again, student, rows, options, goal.alpha, SoloWorkers(), None)
+    context, _ = build_context(again, student, rows, options, Moment(goal.alpha), SoloWorkers())
     context = type(context)(**{**vars(context), "student": student, "all_student": student})
     parts, match_logits = contrast_parts(goal, again.model, context)
-    parts |= fusion_parts(goal, again.model, again.teacher, context, match_logits, tiny.TOKENS)
-    assert parts.keys() == means.keys()
+    losses = {name: part.sum / part.count for name, part in parts.items()}
+    drawn = draw(goal, context, match_logits, tiny.TOKENS)
+    if again.model.fusion is not None:
+        fused = fusion_sums(again.model, again.teacher, context, drawn, slice(0, 4))
+        losses |= {name: value / fusion_counts(drawn, goal.alpha)[name] for name, value in fused.items()}
+    assert losses.keys() == means.keys()
     weights = {"i2t": goal.weights.cma / 2, "t2i": goal.weights.cma / 2, "itm": goal.weights.itm}
     weights |= {name: goal.weights.imc / 2 for name in ("i2i", "t2t")}
     weights |= {name: goal.weights.lmi / 2 for name in ("lmi_image", "lmi_text")}
     weights |= {"mlm_hard": goal.weights.mlm * (1 - goal.alpha), "mlm_distill": goal.weights.mlm * goal.alpha}
-    sum(weights[name] * part.sum / part.count for name, part in parts.items()).backward()
+    weights |= {name: goal.weights.code / 2 for name in ("i2p", "t2p")}
+    weights |= {name: goal.weights.ot / 2 for name in ("ot_v", "ot_t")}
+    sum(weights[name] * loss for name, loss in losses.items()).backward()
     for (name, mine), (_, expected) in zip(state.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert (mine.grad is None) == (expected.grad is None), name
         if mine.grad is not None and not KEY_BIAS.search(name):
@@ -184,14 +187,14 @@ def test_gradient_is_that_of_the_loss(preset):
 def test_loss_falls_on_one_batch():
     goal = tiny.objective("tcl-dual", queue__size=0)
     state, rows = tiny.state(goal, rate=3e-3), tiny.batch(6)
-    losses = [float(training_step(state, rows, tiny.settings(goal), 0.0).loss) for _ in range(30)]
+    losses = [float(training_step(state, rows, tiny.settings(goal), Moment(0.0)).loss) for _ in range(30)]
     assert losses[-1] < losses[0] / 2
 
 
 def test_clipping_bounds_the_whole_gradient():
     goal = tiny.objective("clip")
     state = tiny.state(goal)
-    result = training_step(state, tiny.batch(4), tiny.settings(goal, clip_norm=1e-3), 0.0)
+    result = training_step(state, tiny.batch(4), tiny.settings(goal, clip_norm=1e-3), Moment(0.0))
     clipped = torch.stack([p.grad.norm() for p in state.model.parameters()]).norm()
     assert float(result.gradient_norm) > 1e-2 and float(clipped) == pytest.approx(1e-3, rel=1e-3)
 
@@ -201,21 +204,21 @@ def test_temperature_is_clamped_before_the_forward_pass_where_asked():
         goal = tiny.objective("clip", temperature__clamp=clamp)
         state = tiny.state(goal, rate=1e-12)
         state.model.temperature.data.fill_(3.0)
-        training_step(state, tiny.batch(3), tiny.settings(goal), 0.0)
+        training_step(state, tiny.batch(3), tiny.settings(goal), Moment(0.0))
         assert state.model.temperature.item() == pytest.approx(expected)
 
 
 def test_sixteen_bits_touch_towers_and_fusion_but_not_the_contrast():
     goal = tiny.objective("tcl")
     rows = tiny.batch(5, dtype=torch.float32)
-    exact = training_step(tiny.state(goal, dtype=torch.float32), rows, tiny.settings(goal), 0.4)
-    result = training_step(tiny.state(goal, dtype=torch.float32), rows, tiny.settings(goal, bf16=True), 0.4)
+    exact = training_step(tiny.state(goal, dtype=torch.float32), rows, tiny.settings(goal), Moment(0.4))
+    result = training_step(tiny.state(goal, dtype=torch.float32), rows, tiny.settings(goal, bf16=True), Moment(0.4))
     assert float(result.loss) == pytest.approx(float(exact.loss), rel=0.05)
     assert float(result.loss) != float(exact.loss)
     state = tiny.state(goal, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         student = encode(state.model, rows.view1, rows)
-    context, _ = build_context(state, student, rows, tiny.settings(goal, bf16=True), 0.4, SoloWorkers(), None)
+    context, _ = build_context(state, student, rows, tiny.settings(goal, bf16=True), Moment(0.4), SoloWorkers())
     parts, match_logits = contrast_parts(goal, state.model, context)
     assert {part.sum.dtype for part in parts.values()} == {torch.float32}
     product = student.image.double() @ context.keys[1].double().T / context.temperature.item()

@@ -15,7 +15,7 @@ from models.reference import from_reference, reference_name, to_reference
 from pipelines.config import OptimConfig
 from pipelines.evaluate import two_stage_scores
 from pipelines.schedule import ramped_alpha, tcl_rate
-from pipelines.step import parameter_groups
+from pipelines.state import parameter_groups
 from tests import golden_tcl as golden
 
 KEY_BIAS = re.compile(r"\.key\.bias$|attn\.qkv\.bias$")

@@ -7,24 +7,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import terms
+from models import fusion_terms, terms
 from models.batch import Batch, identify
 from models.config import ObjectiveConfig
 from models.gather import SoloWorkers
+from models.masking import mask_tokens
+from models.objectives import Moment
 from models.teacher import FeatureQueue
-from pipelines.step import build_context, encode, training_step
+from pipelines.context import build_context
+from pipelines.step import training_step
+from pipelines.towers import encode
 from tests import tiny
 
 
 def one_step(goal: ObjectiveConfig, rows: Batch, alpha: float | None = None, state=None):
     state = state or tiny.state(goal)
-    result = training_step(state, rows, tiny.settings(goal), goal.alpha if alpha is None else alpha)
+    result = training_step(state, rows, tiny.settings(goal), Moment(goal.alpha if alpha is None else alpha))
     return result, state
 
 
 def context_of(goal: ObjectiveConfig, rows: Batch, state):
     student = encode(state.model, rows.view1, rows)
-    return build_context(state, student, rows, tiny.settings(goal), goal.alpha, SoloWorkers(), None)[0]
+    return build_context(state, student, rows, tiny.settings(goal), Moment(goal.alpha), SoloWorkers())[0]
 
 
 # ---- who is who ----
@@ -93,7 +97,7 @@ def one_row(context, row: int):
     fields = [tensor[row : row + 1] for tensor in context.student]
     identity = type(context.identity)(*(table[row : row + 1] for table in context.identity))
     return dataclasses.replace(
-        context, student=type(context.student)(*fields), identity=identity, offset=row, alpha=0.0
+        context, student=type(context.student)(*fields), identity=identity, offset=row, moment=Moment(0.0)
     )
 
 
@@ -181,11 +185,18 @@ def test_matching_equals_its_definition():
     state, rows = tiny.state(goal), tiny.batch(5)
     context = context_of(goal, rows, state)
     _, match_logits = terms.contrast_parts(goal, state.model, context)
-    (image, text), exists = terms.hard_negatives(context, match_logits)
-    assert bool(exists.all())
+    drawn = fusion_terms.draw(goal, context, match_logits, tiny.TOKENS)
+    image, text = drawn.negatives.image, drawn.negatives.text
+    assert bool(drawn.negatives.has_image.all()) and bool(drawn.negatives.has_text.all())
     student, fusion = context.student, state.model.fusion
     memory = fusion.image_memory(student.image_tokens)
-    part = terms.matching_part(fusion, context, memory, match_logits)
+    sums = [
+        fusion_terms.matching_sum(
+            fusion, context, [m.rows(torch.arange(5)[rows]) for m in memory], drawn.negatives, rows
+        )
+        for rows in (slice(0, 2), slice(2, 5))
+    ]
+    whole = fusion_terms.matching_sum(fusion, context, memory, drawn.negatives, slice(0, 5))
     total = 0.0
     for b in range(5):
         for t, i, label in ((b, b, 1), (b, int(image[b]), 0), (int(text[b]), b, 0)):
@@ -194,7 +205,8 @@ def test_matching_equals_its_definition():
                 student.text_tokens[t : t + 1], rows.mask[t : t + 1], student.image_tokens[i : i + 1]
             )
             total -= F.log_softmax(logits, 1)[0, label].item()
-    assert part.sum.item() == pytest.approx(total) and int(part.count) == 15
+    assert whole.item() == pytest.approx(total) and sum(sums).item() == pytest.approx(total)
+    assert int(fusion_terms.fusion_counts(drawn, goal.alpha)["itm"]) == 15
 
 
 def test_a_pair_without_any_wrong_partner_counts_its_match_alone():
@@ -205,10 +217,16 @@ def test_a_pair_without_any_wrong_partner_counts_its_match_alone():
     context = context_of(goal, rows, state)
     _, match_logits = terms.contrast_parts(goal, state.model, context)
     memory = state.model.fusion.image_memory(context.student.image_tokens)
-    part = terms.matching_part(state.model.fusion, context, memory, match_logits)
+    drawn = fusion_terms.draw(goal, context, match_logits, tiny.TOKENS)
+    total = fusion_terms.matching_sum(state.model.fusion, context, memory, drawn.negatives, slice(0, 3))
     logits = state.model.fusion.match_logits(context.student.text_tokens, rows.mask, context.student.image_tokens)
-    assert int(part.count) == 3
-    assert part.sum.item() == pytest.approx(-F.log_softmax(logits, 1)[:, 1].sum().item())
+    assert int(fusion_terms.fusion_counts(drawn, goal.alpha)["itm"]) == 3
+    assert total.item() == pytest.approx(-F.log_softmax(logits, 1)[:, 1].sum().item())
+
+
+def wrong(context, match_logits):
+    """(2, B): each row's wrong image and wrong caption."""
+    return torch.stack(fusion_terms.hard_negatives(context, match_logits)[:2])
 
 
 def test_hard_negatives_belong_to_the_sample():
@@ -220,13 +238,13 @@ def test_hard_negatives_belong_to_the_sample():
     for batch in (rows, turned):
         context = context_of(goal, batch, state)
         _, match_logits = terms.contrast_parts(goal, state.model, context)
-        drawn.append(terms.hard_negatives(context, match_logits)[0])
+        drawn.append(wrong(context, match_logits))
     again = context_of(goal, rows, state)
-    repeated, _ = terms.hard_negatives(again, terms.contrast_parts(goal, state.model, again)[1])
+    repeated = wrong(again, terms.contrast_parts(goal, state.model, again)[1])
     assert torch.equal(drawn[0], repeated)
     other_keys = dataclasses.replace(rows, key=rows.key + 1)
     changed = context_of(goal, other_keys, state)
-    other, _ = terms.hard_negatives(changed, terms.contrast_parts(goal, state.model, changed)[1])
+    other = wrong(changed, terms.contrast_parts(goal, state.model, changed)[1])
     assert not torch.equal(other, drawn[0])
     for row in (0, 1):  # the draw is an interval of the cumulative weights, which depends on the order of candidates
         assert not any(int(drawn[1][row][place]) == place for place in range(6))
@@ -236,7 +254,7 @@ def test_hard_negatives_belong_to_the_sample():
 def test_language_modelling_equals_its_definition(alpha):
     goal = tiny.objective("clip", weights__mlm=1.0, alpha=alpha)
     state, rows = tiny.state(goal), tiny.batch(5)
-    masked = terms.mask_tokens(rows.ids, rows.mask, rows.key, tiny.TOKENS, goal.mlm_probability)
+    masked = mask_tokens(rows.ids, rows.mask, rows.key, tiny.TOKENS, goal.mlm_probability)
     assert int(masked.selected.sum()) > 3
     hard = soft = 0.0
     with torch.no_grad():

@@ -9,7 +9,7 @@ from models.encoders import resolve
 from models.masking import SpecialTokens
 from models.objectives import build_model
 from pipelines.config import PRESETS
-from pipelines.step import StepSettings, TrainState, make_state, parameter_groups
+from pipelines.state import StepSettings, TrainState, make_state, parameter_groups
 
 TOKENS = SpecialTokens(pad=0, cls=2, mask=4, vocab_size=40)
 IMAGE = 16
@@ -36,11 +36,13 @@ def encoder(**changes) -> EncoderConfig:
 
 
 def objective(preset: str, **changes) -> ObjectiveConfig:
-    """The objective of a preset, `sigmoid` besides, with a queue of 7; keywords are dotted keys with __ for the dot."""
+    """The objective of a preset, `sigmoid` besides, a queue of 7, 5 codes; keywords are dotted keys, __ for the dot."""
     name = "clip" if preset == "sigmoid" else preset
     kind = {"cma.kind": "sigmoid"} if preset == "sigmoid" else {}
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    return PRESETS[f"{name}-base"].objective.override({"queue.size": 7, "mlm_probability": 0.4} | kind | dotted)
+    return PRESETS[f"{name}-base"].objective.override(
+        {"queue.size": 7, "codebook.size": 5, "mlm_probability": 0.4} | kind | dotted
+    )
 
 
 def batch(rows: int, seed: int = 0, tokens: int = 6, dtype: torch.dtype = torch.float64) -> Batch:

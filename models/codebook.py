@@ -1,0 +1,169 @@
+"""The codebook: codes shared by images and texts, and the terms that train on it (CODIS, arXiv 2203.00048).
+
+Axes: B rows here, K codes, D width of the joint space. Vectors and codes have length 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from models.blocks import sum_over_rows
+from models.transport import Plan
+
+
+class Codebook(nn.Module):
+    """K code vectors, one a row (codebook spec 4); they have no moving-average copy."""
+
+    def __init__(self, codes: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(codes, width), dim=1))
+
+    def unit(self) -> Float[Tensor, "K D"]:
+        """The codes at length 1, so that their gradient is tangential; float32 under autocast too."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return F.normalize(self.weight, dim=1)
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        """Set the rows back to length 1: after an optimiser step, or their growth would shrink the next ones."""
+        self.weight.copy_(F.normalize(self.weight, dim=1))
+
+
+class Pair(NamedTuple):
+    """The same of both modalities."""
+
+    image: Float[Tensor, "B D"]
+    text: Float[Tensor, "B D"]
+
+
+def code_sums(
+    student: Pair, teacher: Pair, codes: Float[Tensor, "K D"], plan: Plan, tau: float, beta_same: float, limit: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """L_i2p and L_t2p (codebook spec 2.2) summed over rows; tables of rows by codes stay under `limit` bytes.
+
+    The targets are the plan's, of the teacher; with `beta_same` 0 each modality predicts the code of the other.
+    """
+    student = Pair(*map(full_precision, student))
+
+    def block(rows: slice) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            image, text = plan.targets(_views(teacher, rows) @ codes.T)
+        return (
+            prediction_sum(student.image[rows], codes, (1 - beta_same) * text + beta_same * image, tau),
+            prediction_sum(student.text[rows], codes, (1 - beta_same) * image + beta_same * text, tau),
+        )
+
+    with torch.autocast(codes.device.type, enabled=False):
+        # Of each modality a row has scores, log-softmax, targets and mixed targets.
+        return sum_over_rows(block, len(student.image), 8 * len(codes) * codes.element_size(), limit)
+
+
+def transport_sums(
+    teacher: Pair, codes: Float[Tensor, "K D"], plan: Plan, limit: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """L_ot_v and L_ot_t (codebook spec 2.2) summed over rows; only the codes get a gradient."""
+
+    def block(rows: slice) -> tuple[Tensor, Tensor]:
+        views = _views(teacher, rows)
+        with torch.no_grad():
+            image, text = plan.targets(views @ codes.T)
+        return transport_sum(views[0], codes, image), transport_sum(views[1], codes, text)
+
+    with torch.autocast(codes.device.type, enabled=False):
+        return sum_over_rows(block, len(teacher.image), 4 * len(codes) * codes.element_size(), limit)
+
+
+def _views(teacher: Pair, rows: slice) -> Float[Tensor, "2 R D"]:
+    return torch.stack([full_precision(teacher.image[rows]), full_precision(teacher.text[rows])])
+
+
+def prediction_sum(
+    features: Float[Tensor, "B D"], codes: Float[Tensor, "K D"], target: Float[Tensor, "B K"], tau: float
+) -> Float[Tensor, ""]:
+    """Sum over rows of H(target, softmax(features . codes / tau)), the cross-entropy."""
+    return -(target * F.log_softmax(features @ codes.T / tau, 1)).sum()
+
+
+def transport_sum(
+    features: Float[Tensor, "B D"], codes: Float[Tensor, "K D"], target: Float[Tensor, "B K"]
+) -> Float[Tensor, ""]:
+    """Sum over rows and codes of target (1 - cosine): the cost of the plan, <T, 1 - S> (codebook spec 1.10 a).
+
+    The mass of each code is gathered first, K x D numbers in the graph instead of B x K.
+    """
+    return target.sum() - ((target.T @ features) * codes).sum()
+
+
+def koleo(codes: Float[Tensor, "K D"], limit: int) -> Float[Tensor, ""]:
+    """-(1/K) sum_k ln(min over other codes of their distance + 1e-8): spreads the codes (codebook spec 4.2).
+
+    0 for a single code. Nearest codes are found without gradient, in blocks of at most `limit` bytes.
+    """
+    count = len(codes)
+    if count < 2:
+        return codes.sum() * 0
+    with torch.no_grad():
+        size = max(1, limit // (count * codes.element_size()))
+        nearest = torch.cat([_nearest(codes, start, size) for start in range(0, count, size)])
+    distance = (codes - codes[nearest]).square().sum(1).clamp(min=torch.finfo(codes.dtype).tiny).sqrt()
+    return -(distance + 1e-8).log().mean()
+
+
+def _nearest(codes: Float[Tensor, "K D"], start: int, size: int) -> Int[Tensor, " R"]:
+    cosines = codes[start : start + size] @ codes.T
+    cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -torch.inf
+    return cosines.argmax(1)
+
+
+@torch.no_grad()
+def rows_from_features(
+    features: Float[Tensor, "2 P D"], count: int, noise: float, generator: torch.Generator
+) -> Float[Tensor, "count D"]:
+    """`count` distinct features, image and text alternately, with noise, at length 1 (codebook spec 4: queue_sample).
+
+    `generator` is on the CPU and seeded alike on all workers. Raises ValueError where there are too few samples.
+    """
+    samples = features.shape[1]
+    if count > 2 * samples:
+        raise ValueError(f"{count} codes from {samples} pairs")
+    picks = [torch.randperm(samples, generator=generator) for _ in range(2)]
+    rows = [features[turn % 2, picks[turn % 2][turn // 2]] for turn in range(count)]
+    return _disturbed(torch.stack(rows), noise, generator)
+
+
+@torch.no_grad()
+def badly_covered(
+    features: Float[Tensor, "R D"],
+    codes: Float[Tensor, "K D"],
+    count: int,
+    noise: float,
+    generator: torch.Generator,
+) -> Float[Tensor, "count D"]:
+    """New places for dead codes: features drawn with probability in 1 - cosine to their nearest code, with noise."""
+    weights = (1 - (features @ codes.T).amax(1)).clamp(min=0).double().cpu() + 1e-12
+    chosen = torch.multinomial(weights, count, generator=generator)
+    return _disturbed(features[chosen.to(features.device)], noise, generator)
+
+
+def _disturbed(rows: Float[Tensor, "R D"], noise: float, generator: torch.Generator) -> Float[Tensor, "R D"]:
+    shift = torch.randn(rows.shape, generator=generator, dtype=rows.dtype).to(rows.device)
+    return F.normalize(rows + noise * shift, dim=1)
+
+
+@torch.no_grad()
+def dead_codes(hits: Int[Tensor, "2 K"], share: float, most: float) -> Bool[Tensor, " K"]:
+    """Codes hit less than `share` of evenly in both modalities, the emptiest first, at most `most` of all."""
+    even = hits.sum(1, keepdim=True) / hits.shape[1]
+    dead = (hits < share * even).all(0)
+    keep = torch.argsort(hits.sum(0), stable=True)[: int(most * hits.shape[1])]
+    chosen = torch.zeros_like(dead)
+    chosen[keep] = dead[keep]
+    return chosen
+
+
+def full_precision(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """At least 32 bits: what autocast made 16."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
