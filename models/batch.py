@@ -28,6 +28,8 @@ class Batch:
     key: Int[Tensor, " B"]
     image_id: Int[Tensor, " B"]
     caption_id: Int[Tensor, " B"]
+    hidden: tuple[int, ...] | None = None
+    """How many tokens of each row masked language modelling hides, where the host knows: it need not ask the device."""
 
     def __len__(self) -> int:
         return len(self.key)

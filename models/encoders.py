@@ -156,6 +156,8 @@ class TextTower(nn.Module):
         self.backbone = _backbone(config.architecture, config.backbone if pretrained else "")
         self.width = int(self.backbone.config.hidden_size)
         self._looks_back = _looks_back(self.backbone)
+        architecture = self.backbone.config
+        self._takes_table = (architecture.model_type, architecture._attn_implementation) == ("bert", "sdpa")
 
     @property
     def word_embeddings(self) -> Tensor:
@@ -166,7 +168,9 @@ class TextTower(nn.Module):
         """State of each token; where tokens see only what stands before, the last one's takes the first place."""
         if len(ids) == 0:
             return self(ids.new_zeros(1, ids.shape[1]), mask.new_ones(1, ids.shape[1]))[:0]
-        states = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        # BERT takes the table of who sees whom as it is; a mask of tokens it would first read back from the device.
+        seen = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1) if self._takes_table else mask
+        states = self.backbone(input_ids=ids, attention_mask=seen).last_hidden_state
         if self._looks_back:
             last = states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
             states = torch.cat([last[:, None], states[:, 1:]], 1)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from models import contrast, draws
@@ -35,6 +35,8 @@ class Drawn(NamedTuple):
 
     negatives: Negatives | None
     masked: Masked | None
+    hidden: tuple[int, ...] | None
+    """How many tokens of each row are hidden, where the host knows."""
 
 
 def needs_fusion(drawn: Drawn) -> bool:
@@ -46,7 +48,7 @@ def draw(
     objective: ObjectiveConfig, context: Context, match_logits: MatchLogits | None, tokens: SpecialTokens
 ) -> Drawn:
     """Draw for this worker's rows what itm and mlm need."""
-    negatives, masked = None, None
+    negatives, masked, hidden = None, None, None
     if objective.weights.itm > 0:
         assert match_logits is not None
         negatives = hard_negatives(context, match_logits)
@@ -54,8 +56,11 @@ def draw(
         masked = context.pinned.masked if context.pinned is not None else None
         if masked is None:
             batch = context.batch
-            masked = mask_tokens(batch.ids, batch.mask, batch.key, tokens, objective.mlm_probability)
-    return Drawn(negatives, masked)
+            masked, hidden = (
+                mask_tokens(batch.ids, batch.mask, batch.key, tokens, objective.mlm_probability),
+                batch.hidden,
+            )
+    return Drawn(negatives, masked, hidden)
 
 
 def fusion_counts(drawn: Drawn, alpha: float) -> dict[str, Int[Tensor, ""]]:
@@ -81,7 +86,8 @@ def fusion_sums(
         sums["itm"] = matching_sum(model.fusion, context, memory, drawn.negatives, rows)
     if drawn.masked is not None:
         masked = Masked(*(side[rows] for side in drawn.masked))
-        sums |= language_sums(model, teacher, context, memory, masked, rows)
+        places = positions(masked.selected, None if drawn.hidden is None else sum(drawn.hidden[rows]))
+        sums |= language_sums(model, teacher, context, memory, Hidden(masked, places), rows)
     return sums
 
 
@@ -122,33 +128,49 @@ def matching_sum(
     return (losses * counted).sum()
 
 
+class Hidden(NamedTuple):
+    """Corrupted captions of some rows, and where (row, token) their hidden tokens are, in row-major order."""
+
+    masked: Masked
+    places: Int[Tensor, "M 2"]
+
+    def at(self, values: Shaped[Tensor, "R T ..."]) -> Shaped[Tensor, "M ..."]:
+        """Values at the hidden tokens."""
+        return values[self.places[:, 0], self.places[:, 1]]
+
+
+def positions(selected: Bool[Tensor, "R T"], count: int | None) -> Int[Tensor, "M 2"]:
+    """Where `selected` is true; a `count` known beforehand spares the host from waiting for the device."""
+    return selected.nonzero() if count is None else torch.nonzero_static(selected, size=count)
+
+
 def language_sums(
     model: DualEncoder,
     teacher: DualEncoder | None,
     context: Context,
     memory: list[KeysValues],
-    masked: Masked,
+    hidden: Hidden,
     rows: slice,
 ) -> dict[str, Float[Tensor, ""]]:
-    """mlm (TCL spec 2.5): logits at selected tokens only; the teacher sees the other view of the image."""
+    """mlm (TCL spec 2.5): logits at hidden tokens only; the teacher sees the other view of the image."""
     mask, alpha = context.batch.mask[rows], context.moment.alpha
-    logits = language_logits(model, masked, mask, memory)
+    logits = language_logits(model, hidden, mask, memory)
     sums = {}
     if alpha < 1:
-        sums["mlm_hard"] = F.cross_entropy(logits, masked.original[masked.selected], reduction="sum")
+        sums["mlm_hard"] = F.cross_entropy(logits, hidden.at(hidden.masked.original), reduction="sum")
     if alpha > 0:
         assert teacher is not None and teacher.fusion is not None and context.teacher is not None
         with torch.no_grad():
             teacher_memory = teacher.fusion.image_memory(context.teacher.image_tokens[rows])
-            target = F.softmax(language_logits(teacher, masked, mask, teacher_memory), 1)
+            target = F.softmax(language_logits(teacher, hidden, mask, teacher_memory), 1)
         sums["mlm_distill"] = contrast.soft_nce(logits, target)[0]
     return sums
 
 
 def language_logits(
-    model: DualEncoder, masked: Masked, mask: Bool[Tensor, "R T"], memory: list[KeysValues]
+    model: DualEncoder, hidden: Hidden, mask: Bool[Tensor, "R T"], memory: list[KeysValues]
 ) -> Float[Tensor, "M vocab"]:
-    """Vocabulary logits at the selected positions, in row-major order."""
+    """Vocabulary logits at the hidden tokens."""
     assert model.fusion is not None and model.fusion.language is not None
-    states = model.fusion(model.encode_text(masked.ids, mask), mask, memory)
-    return full_precision(model.fusion.language(states[masked.selected], model.text.word_embeddings))
+    states = model.fusion(model.encode_text(hidden.masked.ids, mask), mask, memory)
+    return full_precision(model.fusion.language(hidden.at(states), model.text.word_embeddings))

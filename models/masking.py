@@ -26,6 +26,14 @@ class SpecialTokens(NamedTuple):
     vocab_size: int
 
 
+def select_tokens(
+    ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], keys: Int[Tensor, " B"], tokens: SpecialTokens, share: float
+) -> Bool[Tensor, "B T"]:
+    """Which real tokens other than [CLS] are hidden; the draw is the sample's own."""
+    selected = draws.uniform(keys, draws.MASK, ids.shape[1]) < share
+    return selected & mask & (ids != tokens.pad) & (ids != tokens.cls)
+
+
 def mask_tokens(
     ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], keys: Int[Tensor, " B"], tokens: SpecialTokens, share: float
 ) -> Masked:
@@ -34,8 +42,7 @@ def mask_tokens(
     The draws are the sample's own (`keys`), so they do not depend on the batch or the worker.
     """
     width = ids.shape[1]
-    selected = draws.uniform(keys, draws.MASK, width) < share
-    selected &= mask & (ids != tokens.pad) & (ids != tokens.cls)
+    selected = select_tokens(ids, mask, keys, tokens, share)
     kind = draws.uniform(keys, draws.MASK_KIND, width)
     word = (draws.uniform(keys, draws.MASK_WORD, width) * tokens.vocab_size).long()
     corrupted = torch.where(kind < 0.8, torch.full_like(ids, tokens.mask), torch.where(kind < 0.9, word, ids))

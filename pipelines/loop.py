@@ -17,6 +17,7 @@ from models.checkpoint import verify_files
 from models.config import InputError
 from models.draws import hash64
 from models.gather import DistributedWorkers, SoloWorkers, Workers
+from models.masking import SpecialTokens, select_tokens
 from models.objectives import Moment
 from models.preprocess import CaptionTokenizer, PreprocessorConfig
 from pipelines.augment import augment
@@ -144,7 +145,7 @@ class Run:
         return Counts(int(table[:, 0].sum()), int(table[:, 1].sum()), int(table[:, 2].max())), rows
 
     def _step(self, rows: Rows | None, counts: Counts) -> None:
-        batch = to_batch(rows, counts.longest, self.experiment, self.device)
+        batch = to_batch(rows, counts.longest, self.experiment, self.device, self.settings.tokens)
         due = (self.progress.step + 1) % self.experiment.progress.every == 0
         rate = self._learning_rate()
         for group in self.state.optimizer.param_groups:
@@ -255,7 +256,9 @@ def preprocessor(experiment: ExperimentConfig) -> PreprocessorConfig:
     )
 
 
-def to_batch(rows: Rows | None, longest: int, experiment: ExperimentConfig, device: torch.device) -> Batch:
+def to_batch(
+    rows: Rows | None, longest: int, experiment: ExperimentConfig, device: torch.device, tokens: SpecialTokens
+) -> Batch:
     """This worker's good rows on its device, colour-augmented and normalised; empty where it has none."""
     if rows is None or rows.good == 0:
         size = experiment.encoder.vision.image_size
@@ -263,15 +266,21 @@ def to_batch(rows: Rows | None, longest: int, experiment: ExperimentConfig, devi
         ids = torch.zeros(0, longest, dtype=torch.int64, device=device)
         none = torch.zeros(0, dtype=torch.int64, device=device)
         return Batch(pixels, pixels, ids, ids.bool(), none, none, none)
-    columns = {name: torch.from_numpy(rows.column(name)).to(device, non_blocking=True) for name in Rows.TENSORS}
-    views = columns["views"]
-    first, second = (augment(views[:, i], columns["key"], i, experiment.pairs.augment) for i in (0, 1))
+    host = {name: torch.from_numpy(rows.column(name)) for name in Rows.TENSORS}
+    host |= {"ids": host["ids"][:, :longest].long(), "mask": host["mask"][:, :longest].bool()}
+    hidden = None
+    if experiment.objective.weights.mlm > 0:  # drawn twice, here only to know how many: cheaper than asking a GPU
+        share = experiment.objective.mlm_probability
+        hidden = tuple(select_tokens(host["ids"], host["mask"], host["key"], tokens, share).sum(1).tolist())
+    columns = {name: column.to(device, non_blocking=True) for name, column in host.items()}
+    first, second = (augment(columns["views"][:, i], columns["key"], i, experiment.pairs.augment) for i in (0, 1))
     return Batch(
         view1=first,
         view2=second,
-        ids=columns["ids"][:, :longest].long(),
-        mask=columns["mask"][:, :longest].bool(),
+        ids=columns["ids"],
+        mask=columns["mask"],
         key=columns["key"],
         image_id=columns["image_id"],
         caption_id=columns["caption_id"],
+        hidden=hidden,
     )

@@ -54,7 +54,7 @@ def recompute_activations(model: DualEncoder, compute: ComputeConfig) -> None:
     """Let layers run again in the backward pass where asked, in place of keeping what they computed."""
     for asked, tower in ((compute.recompute.vision, model.vision), (compute.recompute.text, model.text)):
         if asked:
-            tower.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            tower.backbone.activation_checkpointing_enable({"use_reentrant": False})
     if compute.recompute.fusion and model.fusion is not None:
         model.fusion.recompute = True
 

@@ -180,16 +180,15 @@ def probe_language(
         student = encode(state.model, batch.view1, batch)
         update_teacher(state.teacher, state.model, settings.objective.teacher.momentum)
         context, _ = build_context(state, student, batch, settings, Moment(0.5), SoloWorkers(), pinned)
+        hidden = fusion_terms.Hidden(pinned.masked, pinned.masked.selected.nonzero())
         memory = state.model.fusion.image_memory(student.image_tokens)
         teacher_memory = state.teacher.fusion.image_memory(context.teacher.image_tokens)
         logits = {
-            "mlm_logits_masked": fusion_terms.language_logits(state.model, pinned.masked, batch.mask, memory),
-            "mlm_logits_m_masked": fusion_terms.language_logits(
-                state.teacher, pinned.masked, batch.mask, teacher_memory
-            ),
+            "mlm_logits_masked": fusion_terms.language_logits(state.model, hidden, batch.mask, memory),
+            "mlm_logits_m_masked": fusion_terms.language_logits(state.teacher, hidden, batch.mask, teacher_memory),
         }
         rows, count = slice(0, len(batch)), int(pinned.masked.selected.sum())
-        sums = fusion_terms.language_sums(state.model, state.teacher, context, memory, pinned.masked, rows)
+        sums = fusion_terms.language_sums(state.model, state.teacher, context, memory, hidden, rows)
     return logits, {name: float(value / count) for name, value in sums.items()}
 
 

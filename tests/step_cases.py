@@ -1,6 +1,7 @@
 """What test_step runs on one process and on several ranks; importable by the ranks."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from models.config import ObjectiveConfig
 from models.fusion_terms import hard_negatives
 from models.gather import DistributedWorkers, SoloWorkers, Workers
 from models.objectives import Moment
+from models.preprocess import CaptionTokenizer, PreprocessorConfig, train_tokenizer
 from models.terms import contrast_parts
+from pipelines.checkpoints import Progress, RunFiles, read_checkpoint, write_checkpoint
+from pipelines.config import ExperimentConfig
 from pipelines.context import build_context
 from pipelines.state import TrainState, equalise
 from pipelines.step import training_step
@@ -29,28 +33,74 @@ class Trace:
     negatives: list[Tensor]
     """Per step (2, B): global indices of each row's wrong image and caption."""
     norms: list[float]
+    metrics: list[dict[str, float]]
     state: dict[str, Tensor]
     """Everything that must be equal on all ranks at the end."""
 
 
-def run(goal: ObjectiveConfig, shards: list[list[int]], dtype: torch.dtype, shared_seed: bool = True) -> Trace:
+def here() -> Workers:
+    """This process's workers."""
+    return DistributedWorkers() if torch.distributed.is_initialized() else SoloWorkers()
+
+
+def share(rows: Any, counts: list[int], workers: Workers) -> Any:
+    """This rank's part of a batch, of which each has `counts`; on one process all of it."""
+    if workers.world_size == 1:
+        return rows
+    return tiny.part(rows, sum(counts[: workers.rank]), counts[workers.rank])
+
+
+def run(
+    goal: ObjectiveConfig, shards: list[list[int]], dtype: torch.dtype, shared_seed: bool = True, chunk: int = 0
+) -> Trace:
     """Consecutive steps, `shards[s]` saying how many rows of batch s each rank has; on one process all of them."""
-    solo = not torch.distributed.is_initialized()
-    workers: Workers = SoloWorkers() if solo else DistributedWorkers()
+    workers = here()
     state = tiny.state(goal, 0 if shared_seed else workers.rank, dtype)
     equalise(state, workers)
-    trace = Trace([], [], [], [], {})
+    trace = Trace([], [], [], [], [], {})
     for step, counts in enumerate(shards):
-        rows = tiny.batch(sum(counts), step, dtype=dtype)
-        if not solo:
-            rows = tiny.part(rows, sum(counts[: workers.rank]), counts[workers.rank])
+        rows = share(tiny.batch(sum(counts), step, dtype=dtype), counts, workers)
         trace.negatives.append(negatives(state, rows, goal, workers))
-        result = training_step(state, rows, tiny.settings(goal), Moment(goal.alpha), workers)
+        result = training_step(
+            state, rows, tiny.settings(goal, chunk=chunk), Moment(goal.alpha, measured=True), workers
+        )
+        trace.metrics.append({name: float(value) for name, value in result.metrics.items()})
         trace.losses.append(float(result.loss))
         trace.norms.append(float(result.gradient_norm))
         trace.gradients.append({name: p.grad.clone() for name, p in state.model.named_parameters() if p.requires_grad})
+    if state.usage is not None:
+        state.usage.flush(workers)
     trace.state = everything(state)
     return trace
+
+
+def save(goal: ObjectiveConfig, counts: list[int], folder: str) -> None:
+    """Two steps, then a checkpoint, as a run writes it."""
+    workers, state = here(), tiny.state(goal)
+    for step in range(2):
+        rows = share(tiny.batch(sum(counts), step), counts, workers)
+        training_step(state, rows, tiny.settings(goal), Moment(goal.alpha, step=step), workers)
+    if state.usage is not None:
+        state.usage.flush(workers)
+    if workers.rank == 0:
+        tokenizer = CaptionTokenizer.from_json(train_tokenizer(["one two three"], 40).to_str())
+        files = RunFiles(
+            ExperimentConfig(objective=goal),
+            tokenizer,
+            PreprocessorConfig(image_size=tiny.IMAGE, max_tokens=6, max_caption_words=30),
+        )
+        write_checkpoint(Path(folder), files, state, Progress(step=2), {}, {})
+
+
+def resume(goal: ObjectiveConfig, counts: list[int], folder: str) -> tuple[float, dict[str, Tensor]]:
+    """The next step after a checkpoint on this many ranks: its loss, and everything after it."""
+    workers, state = here(), tiny.state(goal, seed=9)
+    assert read_checkpoint(Path(folder), state, "test").step == 2
+    rows = share(tiny.batch(sum(counts), 2), counts, workers)
+    result = training_step(state, rows, tiny.settings(goal), Moment(goal.alpha, step=2), workers)
+    if state.usage is not None:
+        state.usage.flush(workers)
+    return float(result.loss), everything(state)
 
 
 def negatives(state: TrainState, rows: Any, goal: ObjectiveConfig, workers: Workers) -> Tensor:

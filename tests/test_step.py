@@ -1,6 +1,8 @@
 """One training step: the same on one process and on several ranks."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,9 @@ from tests.ranks import on_ranks
 KEY_BIAS = re.compile(r"(key|k_proj)\.bias$")
 """Shifts every score of a query alike, so that its gradient is rounding noise."""
 PRESETS = ("clip", "tcl", "tcl-dual", "albef", "sigmoid", "codis", "both")
+RESUMED = ("codis", "both")
+SPLITS = {1: [6], 2: [4, 2], 3: [1, 0, 5]}
+"""How the next batch is split after a checkpoint of two workers."""
 SHARDS = {2: [[3, 2], [5, 0]], 3: [[2, 0, 3], [1, 3, 1]]}
 LOCAL = [[3, 3], [3, 3]]
 
@@ -29,9 +34,15 @@ def local_goal() -> ObjectiveConfig:
     return tiny.objective("tcl", negatives="local", duplicates="ignore", weights__mlm=0.0)
 
 
-def jobs() -> dict[tuple, tuple]:
+def jobs(folder: Path) -> dict[Any, tuple]:
     """Every case that needs ranks, by name: they share one set of processes."""
-    cases = {}
+    cases: dict[Any, tuple] = {}
+    for preset in RESUMED:
+        goal, place = tiny.objective(preset), str(folder / preset)
+        Path(place).mkdir()
+        cases[preset, "saved"] = (2, step_cases.save, (goal, [2, 4], place))
+        for world, split in SPLITS.items():
+            cases[preset, "resumed", world] = (world, step_cases.resume, (goal, split, place))
     for world, shards in SHARDS.items():
         for preset in PRESETS:
             cases[preset, world, torch.float64] = (
@@ -41,6 +52,15 @@ def jobs() -> dict[tuple, tuple]:
             )
     for preset in ("tcl", "codis", "both", "clip"):
         cases[preset, 2, torch.float32] = (2, step_cases.run, (tiny.objective(preset), SHARDS[2], torch.float32))
+    for world in (2, 3):
+        cases["chunks", world] = (
+            world,
+            step_cases.run,
+            (tiny.objective("both"), SHARDS[world], torch.float64, True, 2),
+        )
+    for dist in ("replicated", "sharded"):
+        goal = tiny.objective("both-dual", codebook__dist=dist, codebook__solver="ipot", codebook__ipot__outer=5)
+        cases["ipot", dist] = (2, step_cases.run, (goal, SHARDS[2], torch.float64))
     cases["local"] = (2, step_cases.run, (local_goal(), LOCAL, torch.float64))
     cases["other seeds"] = (2, step_cases.run, (tiny.objective("tcl"), SHARDS[2], torch.float64, False))
     cases["gather"] = (3, step_cases.gather_kinds, ([2, 0, 3],))
@@ -48,12 +68,21 @@ def jobs() -> dict[tuple, tuple]:
 
 
 @pytest.fixture(scope="module")
-def ranked():
+def ranked(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    cases = jobs()
+    cases = jobs(tmp_path_factory.mktemp("checkpoints"))
     yield dict(zip(cases, on_ranks(list(cases.values())), strict=True))
     torch.set_num_threads(threads)
+
+
+def assert_equal_gradients(mine: list, expected: list) -> None:
+    """To 1e-9 of each tensor's norm."""
+    for one, other in zip(mine, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in (n for n in other if not KEY_BIAS.search(n)):
+            error = float((one[name] - other[name]).norm())
+            assert error <= 1e-9 * float(other[name].norm()), f"{name}: {error}"
 
 
 CASES = [(preset, world) for world in SHARDS for preset in PRESETS]
@@ -65,11 +94,7 @@ def test_ranks_agree_with_one_process_on_all_rows(ranked, preset, world):
     for trace in ranked[preset, world, torch.float64]:
         assert trace.losses == pytest.approx(alone.losses, rel=1e-10)
         assert trace.norms == pytest.approx(alone.norms, rel=1e-9)
-        for mine, expected in zip(trace.gradients, alone.gradients, strict=True):
-            assert mine.keys() == expected.keys()
-            for name in (n for n in expected if not KEY_BIAS.search(n)):
-                error = float((mine[name] - expected[name]).norm())
-                assert error <= 1e-9 * float(expected[name].norm()), f"{name}: {error}"
+        assert_equal_gradients(trace.gradients, alone.gradients)
 
 
 @pytest.mark.parametrize(("preset", "world"), CASES)
@@ -81,6 +106,54 @@ def test_model_teacher_and_queue_stay_equal_on_all_ranks(ranked, preset, world):
         for name, tensor in trace.state.items():
             assert torch.equal(tensor, traces[0].state[name]), name
             assert torch.allclose(tensor, alone[name], rtol=1e-7, atol=1e-7), name
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_p22_measurements_do_not_depend_on_the_workers(ranked, world):
+    """Losses, gradients and state of the same are compared above."""
+    for preset in ("codis", "both"):
+        alone = step_cases.run(tiny.objective(preset), SHARDS[world], torch.float64)
+        for trace in ranked[preset, world, torch.float64]:
+            for mine, expected in zip(trace.metrics, alone.metrics, strict=True):
+                assert len(expected) >= 16 and mine == pytest.approx(expected, rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_chunks_on_several_ranks_agree_with_one_process_at_once(ranked, world):
+    alone = step_cases.run(tiny.objective("both"), SHARDS[world], torch.float64)
+    for trace in ranked["chunks", world]:
+        assert trace.losses == pytest.approx(alone.losses, rel=1e-10)
+        assert_equal_gradients(trace.gradients, alone.gradients)
+
+
+def test_replicated_and_sharded_assignment_agree(ranked):
+    goal = tiny.objective("both-dual", codebook__solver="ipot", codebook__ipot__outer=5)
+    alone = step_cases.run(goal, SHARDS[2], torch.float64)
+    for dist in ("replicated", "sharded"):
+        for trace in ranked["ipot", dist]:
+            assert trace.losses == pytest.approx(alone.losses, rel=1e-10)
+            assert_equal_gradients(trace.gradients, alone.gradients)
+
+
+@pytest.mark.parametrize("preset", RESUMED)
+def test_p25_a_checkpoint_of_two_workers_goes_on_with_one_or_three(ranked, preset):
+    expected, after = ranked[preset, "resumed", 1][0]
+    assert int(after["usage.pairs"]) == 18 and int(after["queue.filled"]) == 7
+    for world in SPLITS:
+        for loss, state in ranked[preset, "resumed", world]:
+            assert loss == pytest.approx(expected, rel=1e-10)
+            for name, tensor in after.items():
+                assert torch.allclose(state[name], tensor, rtol=1e-7, atol=1e-7), name
+
+
+@pytest.mark.parametrize("preset", RESUMED)
+def test_p25_going_on_is_what_a_run_without_a_stop_would_do(ranked, preset):
+    goal = tiny.objective(preset)
+    state = tiny.state(goal)
+    for step in range(3):
+        rows = tiny.batch(6, step)
+        result = training_step(state, rows, tiny.settings(goal), Moment(goal.alpha, step=step))
+    assert ranked[preset, "resumed", 3][0][0] == pytest.approx(float(result.loss), rel=1e-9)
 
 
 def test_wrong_images_and_captions_do_not_depend_on_the_rank(ranked):

@@ -233,7 +233,8 @@ def test_hard_negatives_belong_to_the_sample():
     goal = tiny.objective("albef")
     state, rows = tiny.state(goal), tiny.batch(6)
     order = torch.tensor([4, 0, 5, 2, 1, 3])
-    turned = Batch(*(getattr(rows, field.name)[order] for field in dataclasses.fields(rows)))
+    fields = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
+    turned = Batch(**{name: value[order] for name, value in fields.items() if value is not None})
     drawn = []
     for batch in (rows, turned):
         context = context_of(goal, batch, state)

@@ -61,7 +61,8 @@ def batch(rows: int, seed: int = 0, tokens: int = 6, dtype: torch.dtype = torch.
 
 def part(whole: Batch, first: int, count: int) -> Batch:
     """Some rows of a batch."""
-    return Batch(*(getattr(whole, name)[first : first + count] for name in Batch.__dataclass_fields__))
+    fields = {name: getattr(whole, name) for name in Batch.__dataclass_fields__}
+    return Batch(**{name: value[first : first + count] for name, value in fields.items() if value is not None})
 
 
 def state(goal: ObjectiveConfig, seed: int = 0, dtype: torch.dtype = torch.float64, rate: float = 1e-3) -> TrainState:
