@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.blocks import sum_over_rows
@@ -151,17 +151,6 @@ def badly_covered(
 def _disturbed(rows: Float[Tensor, "R D"], noise: float, generator: torch.Generator) -> Float[Tensor, "R D"]:
     shift = torch.randn(rows.shape, generator=generator, dtype=rows.dtype).to(rows.device)
     return F.normalize(rows + noise * shift, dim=1)
-
-
-@torch.no_grad()
-def dead_codes(hits: Int[Tensor, "2 K"], share: float, most: float) -> Bool[Tensor, " K"]:
-    """Codes hit less than `share` of evenly in both modalities, the emptiest first, at most `most` of all."""
-    even = hits.sum(1, keepdim=True) / hits.shape[1]
-    dead = (hits < share * even).all(0)
-    keep = torch.argsort(hits.sum(0), stable=True)[: int(most * hits.shape[1])]
-    chosen = torch.zeros_like(dead)
-    chosen[keep] = dead[keep]
-    return chosen
 
 
 def full_precision(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -215,12 +215,12 @@ class CodebookConfig(Config):
     """Queue entries in the assignment; auto: two samples a code where there are as many."""
     dist: Literal["sharded", "replicated", "local"] = "sharded"
     """Assignment over all workers with small exchanges, or on each with all rows; local: each its own (ablation)."""
-    dead: DeadCodesConfig = DeadCodesConfig()
-    ipot: IpotConfig = IpotConfig()
     prior: Literal["uniform"] = "uniform"
     """Mass that codes should get."""
     koleo: NonNegativeFloat = 0.0
     """The same as weights.koleo, beside the codebook's other settings; give one of the two."""
+    dead: DeadCodesConfig = DeadCodesConfig()
+    ipot: IpotConfig = IpotConfig()
 
 
 class ObjectiveConfig(Config):

@@ -123,31 +123,45 @@ def term_means(means: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
 
 def check_codebook(objective: ObjectiveConfig, batch_size: int) -> list[str]:
     """What is legal but may train badly, a line each (codebook spec 7); raises InputError for what cannot work."""
-    w, config, name = objective.weights, objective.codebook, "objective.codebook"
-    if w.koleo and config.koleo and w.koleo != config.koleo:
-        raise InputError(f"objective.weights.koleo {w.koleo} and {name}.koleo {config.koleo} differ; give one of them")
+    weight, same = objective.weights.koleo, objective.codebook.koleo
+    if weight and same and weight != same:
+        raise InputError(
+            f"objective.weights.koleo {weight} and objective.codebook.koleo {same} differ; give one of them"
+        )
     if not assigns(objective):
         return []
-    queue = objective.queue.size
-    most, balanced = batch_size + queue_entries(config, batch_size, queue), config.balance == 1
-    if most < 2 and balanced:
+    most = batch_size + queue_entries(objective.codebook, batch_size, objective.queue.size)
+    _refuse_codebook(objective, most)
+    return _doubts(objective, most)
+
+
+def _refuse_codebook(objective: ObjectiveConfig, most: int) -> None:
+    """`most` samples at once are assigned together."""
+    config, name = objective.codebook, "objective.codebook"
+    if most < 2 and config.balance == 1:
         raise InputError(
             f"{name}.balance 1: one sample at a time is spread evenly over all codes; raise the batch size"
         )
     if most < config.size and config.init == "queue_sample":
         raise InputError(f"{name}.init queue_sample: {config.size} codes, but at most {most} samples; use normal")
-    if config.dead.enabled and queue == 0:
+    if config.dead.enabled and objective.queue.size == 0:
         raise InputError(f"{name}.dead.enabled: repair takes features from the queue; set objective.queue.size")
+
+
+def _doubts(objective: ObjectiveConfig, most: int) -> list[str]:
+    config, name = objective.codebook, "objective.codebook"
     notes = []
     if config.solver == "sinkhorn" and config.eps >= config.tau:
         notes.append(f"{name}.eps {config.eps} is not below tau {config.tau}: such targets teach nothing; lower eps")
-    if most < config.size and balanced:
+    if most < config.size and config.balance == 1:
         notes.append(
             f"{name}.size {config.size}: at most {most} samples are assigned together, so no target is sharp; "
             "take fewer codes, a larger objective.queue.size or balance below 1"
         )
+    if config.dead.enabled and config.dead.max_frac * config.size < 1:
+        notes.append(f"{name}.dead.max_frac {config.dead.max_frac} of {config.size} codes is none: no code is repaired")
     if config.size % 8:
         notes.append(f"{name}.size {config.size} is no multiple of 8, which GPUs multiply slowly")
-    if not w.cma:
+    if not objective.weights.cma:
         notes.append("objective.weights.cma is 0: the codebook alone aligns classes, hardly single pairs")
     return notes

@@ -6,6 +6,7 @@ from torch import Tensor
 from models.assignment import Problem, code_mass, pose, queue_entries, solve
 from models.batch import Context, Features
 from models.codebook import badly_covered, rows_from_features
+from models.config import CodebookConfig
 from models.draws import hash64
 from models.objectives import Moment, assigns
 from models.terms import block_bytes
@@ -66,13 +67,26 @@ def measure(state: TrainState, context: Context, everyone: Peers, settings: Step
     views = [everyone.gather(t) for t in (context.student.image, context.student.text, teacher.image, teacher.text)]
     metrics |= embedding_metrics(*views)
     if context.plan is not None:
-        image, text, *taught = (view @ codes.T for view in views)
-        targets = context.plan.targets(torch.stack(taught))
-        metrics |= target_metrics((image, text), (targets[0], targets[1]), config.tau, config.beta_same)
-        problem = _pose(state, teacher, everyone, settings)
-        mass = code_mass(problem, context.plan, codes, block_bytes(settings.objective))
+        limit = block_bytes(settings.objective)
+        metrics |= _target_metrics(views, codes, context.plan, config, limit)
+        mass = code_mass(_pose(state, teacher, everyone, settings), context.plan, codes, limit)
         metrics |= mass_metrics(mass, context.plan.potentials, 1 / context.plan.sharpness)
     return metrics
+
+
+def _target_metrics(
+    views: list[Tensor], codes: Tensor, plan: Plan, config: CodebookConfig, limit: int
+) -> dict[str, Tensor]:
+    """`target_metrics` of all rows, a block of at most `limit` bytes of scores at a time."""
+    rows, size = len(views[0]), max(1, limit // (8 * len(codes) * codes.element_size()))
+    totals: dict[str, Tensor] = {}
+    for start in range(0, rows, size):
+        image, text, *taught = (view[start : start + size] @ codes.T for view in views)
+        targets = plan.targets(torch.stack(taught))
+        part = target_metrics((image, text), (targets[0], targets[1]), config.tau, config.beta_same)
+        for name, value in part.items():
+            totals[name] = totals.get(name, torch.zeros_like(value)) + value * len(image) / rows
+    return totals
 
 
 @torch.no_grad()
@@ -85,7 +99,8 @@ def repair_dead_codes(state: TrainState, settings: StepSettings, step: int) -> i
     if codebook is None or usage is None or queue is None:
         return 0
     dead = usage.dead(config.dead.min_rel_hits).nonzero()[:, 0]
-    dead = dead[: int(config.dead.max_frac * config.size)]
+    emptiest = usage.last_hits.sum(0)[dead].argsort(stable=True)
+    dead = dead[emptiest[: int(config.dead.max_frac * config.size)]]
     features, written = queue.newest(len(queue.image))
     features = features[:, : int(written.sum())].flatten(0, 1)
     if len(dead) == 0 or len(features) < len(dead):

@@ -207,6 +207,7 @@ def _tiny(preset: str, objective: ObjectiveConfig) -> ExperimentConfig:
                 "teacher.momentum": 0.95,  # a few hundred steps: the papers' 0.995 would never catch up
                 "queue.size": 4096,
                 "codebook.size": 256,
+                "codebook.eps": 0.025,  # at 0.05 targets are too soft to agree on in the first 10,000 samples
                 "temperature.learn": False,  # learnt at this rate it falls to a third and spoils the early steps
             }
         ),

@@ -6,7 +6,7 @@ Every mistake must end in one line that names flag and value, which parsers that
 import difflib
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -38,12 +38,13 @@ def parse_flags(arguments: Sequence[str], default: C) -> C:
     try:
         return default.override(changes)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *others = error.errors()
         place = [str(part) for part in first["loc"]]
         while place and ".".join(place) not in known:  # a union's error also names the alternative that failed
             place.pop()
         flag = _spelled(".".join(place or [str(part) for part in first["loc"]]))
-        raise UsageError(f"--{flag} {first['input']}: {first['msg'].lower()}") from None
+        same = [e["msg"].lower() for e in others if [str(part) for part in e["loc"]][: len(place)] == place]
+        raise UsageError(f"--{flag} {first['input']}: {' or '.join([first['msg'].lower(), *same])}") from None
 
 
 def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
@@ -100,6 +101,10 @@ def _kind(field: FieldInfo) -> str:
     options = getattr(field.annotation, "__args__", None)
     if options and all(isinstance(option, str) for option in options):
         return "|".join(options)
+    if get_origin(field.annotation) is Union:
+        return "|".join(_kind(FieldInfo(annotation=option)) for option in options or ())
+    if get_origin(field.annotation) is Annotated:
+        return _kind(FieldInfo(annotation=get_args(field.annotation)[0]))
     return getattr(field.annotation, "__name__", str(field.annotation)).upper()
 
 

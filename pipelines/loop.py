@@ -184,10 +184,11 @@ class Run:
         self.metrics |= values | {"samples_seen": float(self.progress.seen)}
         self._tell("step", values)
         self.watch.require_finite(values, self.meter.bad_steps, step)
-        for alarm in self.watch.alarms(values, step, self.progress.seen / self.planned):
+        alarms = self.watch.alarms(values, step, self.progress.seen / self.planned)
+        for alarm in alarms:
             self._tell("alarm", {}, key=alarm.key, value=alarm.value, level=alarm.level, text=alarm.message)
-            if alarm.level == "stop":
-                raise TrainingStopped(f"step {step}: {alarm.message}")
+        if stops := [alarm.message for alarm in alarms if alarm.level == "stop"]:
+            raise TrainingStopped(f"step {step}: {stops[0]}")
 
     def _end_epoch(self) -> None:
         """Check that every position of the epoch was trained or ledgered, then turn to the next."""

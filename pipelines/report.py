@@ -55,6 +55,14 @@ def training_report(path: Path, page: TrainingPage) -> None:
     path.write_text(_PAGE.format(title=escape(page.title), style=_STYLE, body="\n".join(sections)), encoding="utf-8")
 
 
+def charts_page(path: Path, title: str, lead: str, charts: Sequence[Chart]) -> None:
+    """Writes a page of charts."""
+    drawn = "".join(map(line_chart, charts))
+    body = f'<header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header><section class="charts">{drawn}</section>'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_PAGE.format(title=escape(title), style=_STYLE, body=body), encoding="utf-8")
+
+
 def recall_rows(metrics: Mapping[str, float]) -> list[tuple[str, list[float]]]:
     """Rows of the recall table, those that `metrics` has: (what, [recall at 1, 5, 10]); the last one is chance."""
     rows = []

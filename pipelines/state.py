@@ -11,7 +11,7 @@ from models.config import ObjectiveConfig
 from models.encoders import DualEncoder
 from models.gather import Workers
 from models.masking import SpecialTokens
-from models.objectives import needs_queue, needs_teacher
+from models.objectives import assigns, needs_queue, needs_teacher
 from models.teacher import FeatureQueue, make_teacher
 from models.usage import Usage
 
@@ -66,7 +66,7 @@ def make_state(model: DualEncoder, objective: ObjectiveConfig, optimizer: torch.
     if needs_queue(objective):
         queue = FeatureQueue(objective.queue.size, model.image_projection.out_features)
         state.queue = queue.to(model.temperature.device, model.temperature.dtype)
-    if model.codebook is not None:
+    if model.codebook is not None and assigns(objective):
         config = objective.codebook
         state.usage = Usage(config.size, config.dead.window_samples_per_code).to(model.temperature.device)
         state.planted = config.init == "normal"

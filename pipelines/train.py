@@ -4,6 +4,7 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ TOKENIZER_CAPTIONS = 200_000
 
 class TrainingFailed(RuntimeError):
     """A run ended without a model; one line that says why."""
+
+    history: Sequence[Event] = ()
+    """The run's events in this process, in order."""
 
 
 @dataclass
@@ -88,6 +92,10 @@ def fit(experiment: ExperimentConfig, resume: bool = False) -> FitResult:
         return FitResult(run, metrics, history, tracker.run_id)
     except KeyboardInterrupt:
         status = "KILLED"
+        raise
+    except TrainingFailed as error:
+        listener.close()
+        error.history = history
         raise
     finally:
         listener.close()

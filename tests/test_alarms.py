@@ -213,6 +213,15 @@ def test_kl_that_falls_stands_still_or_swings_is_no_alarm():
     assert kl_alarms([1.5 * (1 + 0.02 * (-1) ** n) for n in range(200)]) == []
 
 
+def test_a_single_high_reading_of_kl_is_no_alarm():
+    assert kl_alarms([1.0] * 50 + [1.15] + [1.0] * 50) == []
+
+
+def test_kl_that_fell_before_it_rises_is_held_against_its_low():
+    (told,) = kl_alarms([2.0 - 0.02 * n for n in range(50)] + [1.0 + 0.005 * n for n in range(40)])
+    assert 2450 + 1000 <= told[0] <= 2700 + 1000  # the smoothed value turns a few half-lives later
+
+
 def test_kl_that_rises_for_a_thousand_steps_is_an_alarm_once():
     rises = [1.0] * 10 + [1.0 + 0.01 * n for n in range(1, 100)]
     (told,) = kl_alarms(rises)

@@ -32,6 +32,7 @@ SMALL = {
     "checkpoints.every": 0.25,
     "validation.pairs": 100,
     "objective.queue.size": 128,
+    "objective.codebook.size": 16,
     "progress.every": 1,
     "pairs.record_ids": True,
 }
@@ -104,10 +105,10 @@ def expected_ids(run: str, epochs: int) -> set[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def finished(ray_local, corpus, tmp_path_factory) -> FitResult:
-    """Epochs of `tcl-tiny` on two workers, one of which is killed on the way."""
+    """Epochs of `both-tiny` on two workers, one of which is killed on the way."""
     out = tmp_path_factory.mktemp("out")
     killer, killed = kill_one_worker_after_a_checkpoint(out / "killed")
-    result = fit(experiment("tcl-tiny", corpus, out, **KILLED))
+    result = fit(experiment("both-tiny", corpus, out, **KILLED))
     killer.join()
     assert len(killed) == 1
     return result
@@ -139,9 +140,9 @@ def test_the_run_folder_is_complete(finished):
         *("config.json", "model.safetensors", "teacher.safetensors", "position.json", "tokenizer.json", "metrics.json"),
         *("preprocessor_config.json", "skipped.parquet", "ids.parquet", FILES),
         *(f"state/{name}" for name in ("optimizer.safetensors", "queues.safetensors", "generators.safetensors")),
-        "state/counters.json",
+        *("state/codebook.safetensors", "state/counters.json"),
     }
-    assert ExperimentConfig.model_validate_json((run / "config.json").read_text()).preset == "tcl-tiny"
+    assert ExperimentConfig.model_validate_json((run / "config.json").read_text()).preset == "both-tiny"
 
 
 def test_metrics_are_those_of_the_packaged_model(finished, corpus):
@@ -162,23 +163,46 @@ def test_mlflow_has_the_run(finished):
     run = client.get_run(finished.mlflow_run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["optim.batch_size"] == "16"
-    assert run.data.tags["triptych.preset"] == "tcl-tiny" and run.data.tags["triptych.manifest"]
+    assert run.data.tags["triptych.preset"] == "both-tiny" and run.data.tags["triptych.manifest"]
     points = client.get_metric_history(finished.mlflow_run_id, "train/loss/cma")
     assert {point.step for point in points} == set(range(1, max(point.step for point in points) + 1))
     assert run.data.metrics["val/image_retrieval_recall_at_1"] == finished.metrics["val/image_retrieval_recall_at_1"]
     assert {artifact.path for artifact in client.list_artifacts(finished.mlflow_run_id)} == {"package"}
 
 
+CODEBOOK = {
+    *("ppl_v", "ppl_t", "dead", "H_student", "H_target", "q_max", "kl", "agree1", "agree5", "kappa", "marg_l1"),
+    *("marg_max", "g_range", "nn_cos", "erank"),
+}
+
+
+def test_codes_and_embeddings_are_measured_in_every_report(finished):
+    import mlflow
+
+    names = {f"codebook/{name}" for name in CODEBOOK} | {"grad/codebook", "train/loss/code", "train/loss/ot"}
+    names |= {f"embedding/{name}" for name in ("align", "unif_v", "unif_t", "gap", "ts_drift")}
+    last = [event for event in finished.history if event["kind"] == "step" and names <= event["metrics"].keys()][-1]
+    assert 1 <= last["metrics"]["codebook/ppl_v"] <= 16 and 0 < last["metrics"]["codebook/H_student"] <= 1
+    client = mlflow.MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+    assert names <= client.get_run(finished.mlflow_run_id).data.metrics.keys()
+    assert all(event["text"].startswith(event["key"]) for event in finished.history if event["kind"] == "alarm")
+
+
+def test_a_package_holds_no_codes(finished):
+    package = load_package(Path(finished.run_folder) / "package")
+    assert package.model.codebook is None
+
+
 def test_an_existing_run_is_refused_and_a_damaged_checkpoint_named(finished, corpus, capsys):
     out = Path(finished.run_folder).parent
     with pytest.raises(InputError, match="--resume"):
-        fit(experiment("tcl-tiny", corpus, out, name="killed"))
+        fit(experiment("both-tiny", corpus, out, name="killed"))
     weights = Path(listed_checkpoints(finished.run_folder)[-1].uri) / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
     try:
         with pytest.raises(InputError, match=r"model\.safetensors is missing or damaged"):
-            fit(experiment("tcl-tiny", corpus, out, **KILLED), resume=True)
+            fit(experiment("both-tiny", corpus, out, **KILLED), resume=True)
         assert main(["evaluate", str(weights.parent), "--data", f"{corpus}/val"]) == 1
         assert one_line(capsys).startswith("triptych: ")
     finally:

@@ -376,7 +376,7 @@ class NothingRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("limit", [1, 2**26])
+@pytest.mark.parametrize("limit", [20 * 2 * CODES * 8, 2**26])
 def test_the_solver_never_waits_for_the_device(limit):
     features, codes, valid = unit(2, SAMPLES, WIDTH), unit(CODES, WIDTH, seed=1), everyone(SAMPLES)
     with NothingRead():

@@ -111,6 +111,10 @@ def test_counts_equal_loops_over_pairs():
         assert metrics[key] == pytest.approx(math.exp(entropy([count / pairs for count in row])))
 
 
+def test_a_code_that_one_modality_hits_is_not_dead():
+    assert filled(4, 1, [0, 0, 0, 1], [0, 0, 0, 2]).metrics()["codebook/dead"] == 0.25
+
+
 def test_with_five_codes_or_fewer_everything_is_in_the_top_five():
     for size in (1, 2, 5):
         usage = Usage(size, 20)
