@@ -224,7 +224,8 @@ class Alarms:
                 self._told[row.key, row.side] = place
                 level = LEVELS[place]
                 kind = "the healthy range's " if level == "range" else ""
-                message = f"{row.key} {value:.4g} is {row.side} {kind}{limit:.4g}: {row.advice}"
+                verdict = "collapsed, " if level == "stop" else ""
+                message = f"{row.key} {value:.4g} is {row.side} {kind}{limit:.4g}: {verdict}{row.advice}"
                 return Alarm(row.key, value, level, message)
         return None
 
