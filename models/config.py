@@ -244,5 +244,5 @@ class ObjectiveConfig(Config):
     """Pooled patch grid of lmi: floor(sqrt(g)) squared (pre-training) or 4 x 4 (fine-tuning), g patches a side."""
     mlm_probability: Annotated[float, Gt(0), Lt(1)] = 0.15
     """Share of the tokens that masked language modelling selects."""
-    block_mib: PositiveFloat = 64.0
+    block_mib: PositiveFloat = 512.0
     """Most memory of the score matrix of lmi or of the codebook, MiB; larger ones are computed in blocks of rows."""
