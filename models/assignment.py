@@ -70,9 +70,9 @@ def pose(
     return Problem(rows, valid, workers)
 
 
-def solve(config: CodebookConfig, problem: Problem, codes: Float[Tensor, "K D"], limit: int) -> Plan:
-    """The plan that all workers share; `limit` bytes bound the scores."""
-    scores = problem.scores(codes.detach(), limit)
+def solve(config: CodebookConfig, problem: Problem, codes: Float[Tensor, "K D"]) -> Plan:
+    """The plan that all workers share."""
+    scores = problem.scores(codes.detach(), int(config.scores_mib * 2**20))
     if config.solver == "ipot":
         return ipot(scores, problem.valid, config.ipot.beta, config.ipot.outer, problem.workers)
     return sinkhorn(scores, problem.valid, config.eps, config.iters, config.balance, problem.workers)

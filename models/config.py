@@ -215,6 +215,8 @@ class CodebookConfig(Config):
     """Queue entries in the assignment; auto: two samples a code where there are as many."""
     dist: Literal["sharded", "replicated", "local"] = "sharded"
     """Assignment over all workers with small exchanges, or on each with all rows; local: each its own (ablation)."""
+    scores_mib: PositiveFloat = 512.0
+    """Most memory of scores that the assignment keeps for its iterations, MiB; more are made again each time."""
     prior: Literal["uniform"] = "uniform"
     """Mass that codes should get."""
     koleo: NonNegativeFloat = 0.0
@@ -244,5 +246,5 @@ class ObjectiveConfig(Config):
     """Pooled patch grid of lmi: floor(sqrt(g)) squared (pre-training) or 4 x 4 (fine-tuning), g patches a side."""
     mlm_probability: Annotated[float, Gt(0), Lt(1)] = 0.15
     """Share of the tokens that masked language modelling selects."""
-    block_mib: PositiveFloat = 512.0
-    """Most memory of the score matrix of lmi or of the codebook, MiB; larger ones are computed in blocks of rows."""
+    block_mib: PositiveFloat = 4.0
+    """Most memory of a table of scores in lmi, code or ot, MiB; larger ones are computed in blocks of rows."""

@@ -40,7 +40,7 @@ def assign_codes(
     if codebook is None or not assigns(objective) or moment.ramp == 0:
         return None
     problem = _pose(state, teacher, everyone, settings)
-    return solve(objective.codebook, problem, codebook.unit(), block_bytes(objective))
+    return solve(objective.codebook, problem, codebook.unit())
 
 
 def _pose(state: TrainState, teacher: Features, everyone: Peers, settings: StepSettings) -> Problem:

@@ -39,7 +39,7 @@ def test_p23_an_empty_queue_is_no_queue_and_unfilled_slots_change_nothing():
 
     def potentials(queue: FeatureQueue | None, assign_queue: Any = "auto") -> torch.Tensor:
         config = CodebookConfig(size=9, assign_queue=assign_queue)
-        return solve(config, pose(config, batch, queue, [6], SOLO), codes, LIMIT).potentials
+        return solve(config, pose(config, batch, queue, [6], SOLO), codes).potentials
 
     empty = FeatureQueue(20, 4).double()
     empty.image.fill_(7.0)  # what lies in slots that were never written must not matter
@@ -61,7 +61,7 @@ def test_p23_a_batch_meets_its_own_rows_in_the_queue_only_in_the_next_step():
     first, fresh = build_context(state, student, rows, settings, Moment(0.0), SOLO)
     alone_ = pose(goal.codebook, torch.stack([first.teacher.image, first.teacher.text]), None, [4], SOLO)
     assert torch.allclose(
-        first.plan.potentials, solve(goal.codebook, alone_, state.model.codebook.unit(), LIMIT).potentials, atol=1e-12
+        first.plan.potentials, solve(goal.codebook, alone_, state.model.codebook.unit()).potentials, atol=1e-12
     )
     state.queue.enqueue(*fresh)
     second, _ = build_context(state, student, rows, settings, Moment(0.0), SOLO)
@@ -128,7 +128,7 @@ def test_p28_a_worker_without_rows_waits_for_no_one_and_changes_nothing():
     def one(workers: Any) -> torch.Tensor:
         mine = batch if workers.rank == 1 else batch[:, :0]
         problem = pose(config, mine, None, [0, 6], workers)
-        plan = solve(config, problem, codes, LIMIT)
+        plan = solve(config, problem, codes)
         pair = Pair(mine[0], mine[1])
         sums = [*code_sums(pair, pair, codes, plan, 0.1, 0.0, LIMIT), *transport_sums(pair, codes, plan, LIMIT)]
         return torch.cat([plan.potentials.flatten(), workers.all_reduce_sum(torch.stack(sums))])
@@ -142,7 +142,7 @@ def test_p28_no_valid_sample_anywhere_gives_no_loss_and_no_nan():
     config = CodebookConfig(size=5)
     _, _, codes = random_pairs()
     nothing = torch.zeros(2, 0, 4, dtype=torch.float64)
-    plan = solve(config, pose(config, nothing, None, [0], SOLO), codes, LIMIT)
+    plan = solve(config, pose(config, nothing, None, [0], SOLO), codes)
     assert torch.allclose(plan.targets(torch.randn(2, 3, 5).double()), torch.full((2, 3, 5), 0.2).double())
     table = codes.clone().requires_grad_()
     pair = Pair(nothing[0], nothing[1])
