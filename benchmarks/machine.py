@@ -1,4 +1,4 @@
-"""What a measurement ran on, as every result in benchmarks/results says it: no host names, no paths."""
+"""What a measurement ran on, as every result in benchmarks/results says it (no host names, no paths); its memory."""
 
 import os
 import platform
@@ -37,3 +37,21 @@ def _processor() -> str:
 def _git(*words: str) -> str:
     done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let the peak memory start anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    switch = Path("/proc/self/clear_refs")
+    if switch.exists():
+        switch.write_text("5")
+
+
+def status_bytes(field: str) -> int | None:
+    """Resident memory of this process now (VmRSS) or at its peak (VmHWM), as Linux tells it; None elsewhere."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(field)]
+    return found[0] if found else None
