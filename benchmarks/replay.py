@@ -65,6 +65,8 @@ def replay_halving(curves: Curves, order: Sequence[str], planned: int) -> Replay
             trial.curve = [point for point in points if point[0] <= seen]
             if turn.until >= planned:
                 trial.status = "finished"
+            elif seen < turn.until:  # an alarm ended it in the grid as well
+                trial.status = "pruned"
     finished = [trial.trial_id for trial in trials if trial.status == "finished"]
     samples = sum(trial.curve[-1][0] for trial in trials)
     return Replayed(max(finished, key=lambda n: curves[n][-1][1]), samples, finished)

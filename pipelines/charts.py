@@ -1,4 +1,7 @@
-"""Line charts as inline SVG: no script, no library, nothing from outside; they scale, print and follow dark mode."""
+"""Charts as inline SVG: no script, no library, nothing from outside; they scale, print and follow dark mode.
+
+Here are line charts and what every chart is made of: the figure, the axes, the frame that they span.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +12,8 @@ Series = Sequence[tuple[float, float]]
 """(x, y) pairs in order of x."""
 
 WIDTH, HEIGHT = 420, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 40
+"""Margins of the frame."""
 _POINTS = 400  # more are averaged in groups: a chart has no more pixels
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")  # lines differ by more than colour
 
@@ -25,22 +29,85 @@ class Chart:
     smooth: bool = False
 
 
-def line_chart(chart: Chart) -> str:
-    """A `<figure>`: title, legend where there is more than one series, and the drawing with a description in words."""
-    series = {label: _thin(_finite(points)) for label, points in chart.series.items()}
-    series = {label: points for label, points in series.items() if points}
-    legend = (
-        "".join(f"<li>{_sample(i)}{escape(label)}</li>" for i, label in enumerate(series)) if len(series) > 1 else ""
-    )
-    words = "; ".join(_words(label, points, chart.percent) for label, points in series.items()) or "no values"
-    description = escape(f"{chart.title}, over {chart.x_label}: {words}", quote=True)
+@dataclass(frozen=True)
+class Axis:
+    """An axis: the span it shows, and the values with a tick and their texts; `log`: equal ratios, equal distances."""
+
+    span: tuple[float, float]
+    ticks: Sequence[float]
+    texts: Sequence[str]
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Where a value stands: 0 at the low end, 1 at the high one."""
+        low, high, value = (math.log(v) if self.log else v for v in (*self.span, value))
+        return (value - low) / (high - low)
+
+    @classmethod
+    def rounded(cls, low: float, high: float, percent: bool = False) -> "Axis":
+        """Ticks at round numbers that cover [low, high]."""
+        ticks = nice_ticks(low, high)
+        return cls((ticks[0], ticks[-1]), ticks, [label(tick, ticks[1] - ticks[0], percent) for tick in ticks])
+
+    @classmethod
+    def within(cls, low: float, high: float) -> "Axis":
+        """Ticks at round numbers, the last one not beyond `high`."""
+        ticks = nice_ticks(low, high)
+        kept = [tick for tick in ticks if tick <= high * (1 + 1e-9)] if len(ticks) > 2 else ticks
+        return cls((kept[0], max(kept[-1], high)), kept, [label(tick, ticks[1] - ticks[0]) for tick in kept])
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The rectangle that two axes span, in the picture's coordinates."""
+
+    x: Axis
+    y: Axis
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point is drawn."""
+        across, up = self.x.share(x) * (WIDTH - LEFT - RIGHT), self.y.share(y) * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across, HEIGHT - BOTTOM - up
+
+    def draw(self, name: str) -> str:
+        """Grid lines, ticks and their texts, the horizontal axis and its name."""
+        bottom, parts = HEIGHT - BOTTOM, []
+        for tick, text in zip(self.y.ticks, self.y.texts, strict=True):
+            y = self.place(self.x.span[0], tick)[1]
+            parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+            parts.append(f'<text class="y" x="{LEFT - 7}" y="{y + 4:.1f}">{escape(text)}</text>')
+        for tick, text in zip(self.x.ticks, self.x.texts, strict=True):
+            x = self.place(tick, self.y.span[0])[0]
+            mark = f'<path class="axis" d="M{x:.1f} {bottom}v5"/>'
+            parts.append(f'{mark}<text x="{x:.1f}" y="{bottom + 18}">{escape(text)}</text>')
+        parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="name" x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 5}">{escape(name)}</text>')
+        return "".join(parts)
+
+
+def figure(title: str, drawing: str, words: str, legend: Sequence[tuple[str, str]] = (), height: float = HEIGHT) -> str:
+    """A `<figure>`: title, legend of (sample, text), and the drawing, described by `words` for those who do not see it.
+
+    An empty drawing says that there are no values.
+    """
+    rows = "".join(f"<li>{piece}{escape(text)}</li>" for piece, text in legend)
     return (
-        f'<figure class="chart"><figcaption>{escape(chart.title)}</figcaption>'
-        + (f'<ul class="legend">{legend}</ul>' if legend else "")
-        + f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{description}">'
-        + (_drawing(chart, series) if series else f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}">no values</text>')
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        + (f'<ul class="legend">{rows}</ul>' if rows else "")
+        + f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(words, quote=True)}">'
+        + (drawing or f'<text x="{WIDTH / 2}" y="{height / 2}">no values</text>')
         + "</svg></figure>"
     )
+
+
+def line_chart(chart: Chart) -> str:
+    """A figure of all series, with a legend where there is more than one."""
+    series = {label: _thin(finite(points)) for label, points in chart.series.items()}
+    series = {label: points for label, points in series.items() if points}
+    legend = [(sample(i), label) for i, label in enumerate(series)] if len(series) > 1 else []
+    words = "; ".join(_words(label, points, chart.percent) for label, points in series.items()) or "no values"
+    drawing = _drawing(chart, series) if series else ""
+    return figure(chart.title, drawing, f"{chart.title}, over {chart.x_label}: {words}", legend)
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -68,50 +135,34 @@ def _drawing(chart: Chart, series: Mapping[str, Series]) -> str:
     """Grid, axes and lines."""
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
-    x_ticks = nice_ticks(0.0 if 0 <= min(xs) <= 0.5 * max(xs) else min(xs), max(xs), 5)
-    y_ticks = nice_ticks(0.0 if chart.percent else min(ys), max(ys), 5)
-    x_ticks = [tick for tick in x_ticks if tick <= max(xs) * (1 + 1e-9)] if len(x_ticks) > 2 else x_ticks
-    x_low, x_high, y_low, y_high = x_ticks[0], max(x_ticks[-1], *xs), y_ticks[0], y_ticks[-1]
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
-        return _LEFT + across, HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - _TOP - _BOTTOM)
-
-    parts = []
-    for tick in y_ticks:
-        y, text = place(x_low, tick)[1], label(tick, y_ticks[1] - y_ticks[0], chart.percent)
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(f'<text class="y" x="{_LEFT - 7}" y="{y + 4:.1f}">{text}</text>')
-    bottom = HEIGHT - _BOTTOM
-    for tick in x_ticks:
-        x, text = place(tick, y_low)[0], label(tick, x_ticks[1] - x_ticks[0])
-        parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v5"/><text x="{x:.1f}" y="{bottom + 18}">{text}</text>')
-    parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{WIDTH - _RIGHT}"/>')
-    parts.append(f'<text class="name" x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 5}">{escape(chart.x_label)}</text>')
+    across = Axis.within(0.0 if 0 <= min(xs) <= 0.5 * max(xs) else min(xs), max(xs))
+    frame = Frame(across, Axis.rounded(0.0 if chart.percent else min(ys), max(ys), chart.percent))
+    parts = [frame.draw(chart.x_label)]
     for i, points in enumerate(series.values()):
         if chart.smooth:
-            parts.append(_line([place(x, y) for x, y in points], i, "raw"))
+            parts.append(line([frame.place(x, y) for x, y in points], i, "raw"))
             points = running_mean(points)
-        placed = [place(x, y) for x, y in points]
-        parts.append(_line(placed, i, "line"))
+        placed = [frame.place(x, y) for x, y in points]
+        parts.append(line(placed, i))
         if len(placed) <= 30:
             parts += [f'<circle class="s{i % 4}" cx="{x:.1f}" cy="{y:.1f}" r="2.8"/>' for x, y in placed]
     return "".join(parts)
 
 
-def _line(placed: Series, index: int, kind: str) -> str:
-    """One curve."""
+def line(placed: Series, index: int, kind: str = "line") -> str:
+    """A curve through points of the picture, in the colour and dashes of its number."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
     dash = f' stroke-dasharray="{_DASHES[index % 4]}"' if kind == "line" and index % 4 else ""
     return f'<path class="{kind} s{index % 4}" d="M{path}"{dash}/>'
 
 
-def _sample(index: int) -> str:
+def sample(index: int) -> str:
     """A piece of the series' line, for the legend."""
-    return f'<svg class="sample" viewBox="0 0 28 8" aria-hidden="true">{_line([(0, 4), (28, 4)], index, "line")}</svg>'
+    return f'<svg class="sample" viewBox="0 0 28 8" aria-hidden="true">{line([(0, 4), (28, 4)], index)}</svg>'
 
 
-def _finite(points: Series) -> Series:
+def finite(points: Series) -> Series:
+    """The points without those that are not numbers."""
     return [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 

@@ -6,10 +6,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from models.config import InputError
 from pipelines.flags import UsageError, flag_help, parse_flags
+
+if TYPE_CHECKING:
+    from pipelines.config import ExperimentConfig
 
 DONE, FAILED, USAGE = 0, 1, 2
 
@@ -50,23 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(words: Sequence[str]) -> int:
     """triptych train PRESET --train-data URI --val-data URI --out URI [--name NAME] [--resume] [flags]"""
-    from pipelines.config import PRESETS
-
-    if not words or words[0] in ("-h", "--help"):
-        _print(f"{train.__doc__}\n\npresets: {' '.join(PRESETS)}\n\n`triptych train PRESET --help` lists every flag")
+    if (preset := _preset("train", words, train.__doc__ or "")) is None:
         return DONE if words else USAGE
-    preset = words[0]
-    if preset not in PRESETS:
-        raise UsageError(f"unknown preset {preset!r}; one of {', '.join(PRESETS)}")
-    if "-h" in words or "--help" in words:
-        _print(f"{train.__doc__}\n{flag_help(PRESETS[preset])}")
-        return DONE
     resume = "--resume" in words
-    flags = [word for word in words[1:] if word != "--resume"]
-    default = PRESETS[preset]
-    if any(word.split("=")[0] == "--optim.epochs" for word in flags):
-        default = default.override({"optim.min_samples": 0})
-    experiment = parse_flags(flags, default)
+    experiment = _experiment(preset, [word for word in words[1:] if word != "--resume"])
 
     from pipelines.train import fit
 
@@ -74,6 +64,104 @@ def train(words: Sequence[str]) -> int:
     _print(recall_table(result.metrics))
     _print(f"run folder: {result.run_folder}\nMLflow run: {result.mlflow_run_id}")
     return DONE
+
+
+TUNE_HELP = """triptych tune PRESET --train-data URI --val-data URI --out URI [--name NAME] [--resume] [flags of train]
+
+  --space NAME|FILE    temperature, codebook, weights, temperature-codebook (the default), or a JSON file such as
+                       {"objective.temperature.start": [0.05, 0.1], "optim.learning_rate": {"loguniform": [1e-4, 1e-2]}}
+  --trials N           trials (default: the whole grid where there is one, else 16)
+  --search S           grid, random or optuna
+  --scheduler S        asha, halving, median or none (default: halving; with optuna asha)
+  --repeats R          train the finalists R more times with other seeds (default 0)
+  --resume             go on with the sweep OUT/NAME"""
+
+
+def tune(words: Sequence[str]) -> int:
+    """Search settings of a preset: many runs, the weak ones ended early."""
+    if (preset := _preset("tune", words, TUNE_HELP)) is None:
+        return DONE if words else USAGE
+    parser = Parser("triptych tune PRESET", add_help=False)
+    for name in ("--space", "--search", "--scheduler"):
+        parser.add_argument(name, default="")
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--repeats", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    options, flags = parser.parse_known_args(words[1:])
+    base = _experiment(preset, flags)
+
+    from tuning.begin import Request
+    from tuning.search import tune as run_sweep
+
+    outcome = run_sweep(Request(base=base, **vars(options)))
+    _print(outcome.text)
+    return DONE
+
+
+def compare(words: Sequence[str]) -> int:
+    """Rank runs, or the trials of sweeps, with errors; where they were not scored alike, say so instead."""
+    parser = Parser("triptych compare", description=compare.__doc__)
+    parser.add_argument("paths", nargs="+", metavar="SWEEP|RUN", help="folders or URLs")
+    parser.add_argument("--out", metavar="URI", help="folder for report.html (of one sweep by default its own)")
+    options = parser.parse_args(words)
+
+    from tuning.comparison import compare_runs
+
+    outcome = compare_runs(options.paths, options.out)
+    _print(outcome.text)
+    if outcome.report:
+        _print(f"report: {outcome.report}")
+    return DONE
+
+
+def promote(words: Sequence[str]) -> int:
+    """Check a run, or the best trial of a sweep, against the champion of NAME; register it and make it the champion."""
+    parser = Parser("triptych promote", description=promote.__doc__)
+    parser.add_argument("model", metavar="RUN|SWEEP", help="its folder or URL")
+    parser.add_argument("--name", required=True, help="registered model")
+    parser.add_argument("--data", metavar="URI", help="held-out pairs (default: the run's validation data)")
+    parser.add_argument("--index", metavar="URI", help="index served with it; may contain {space}")
+    parser.add_argument("--allow-worse", action="store_true", help="also where the champion scores better")
+    options = parser.parse_args(words)
+
+    from tuning.promote import promote as promote_model
+
+    _print(promote_model(options.model, options.name, options.data, options.index, options.allow_worse).text())
+    return DONE
+
+
+def rollback(words: Sequence[str]) -> int:
+    """Make the version that the champion of NAME replaced the champion again."""
+    parser = Parser("triptych rollback", description=rollback.__doc__)
+    parser.add_argument("--name", required=True, help="registered model")
+    options = parser.parse_args(words)
+
+    from tuning.promote import rollback as roll_back
+
+    _print(roll_back(options.name).text())
+    return DONE
+
+
+def _preset(command: str, words: Sequence[str], text: str) -> "ExperimentConfig | None":
+    """The preset that the words begin with; None where help was asked for, and printed."""
+    from pipelines.config import PRESETS
+
+    if not words or words[0] in ("-h", "--help"):
+        _print(f"{text}\n\npresets: {' '.join(PRESETS)}\n\n`triptych {command} PRESET --help` lists every flag")
+        return None
+    if words[0] not in PRESETS:
+        raise UsageError(f"unknown preset {words[0]!r}; one of {', '.join(PRESETS)}")
+    if "-h" in words or "--help" in words:
+        _print(f"{text}\n{flag_help(PRESETS[words[0]])}")
+        return None
+    return PRESETS[words[0]]
+
+
+def _experiment(preset: "ExperimentConfig", flags: Sequence[str]) -> "ExperimentConfig":
+    """The preset changed by flags; a length given by hand is not made longer."""
+    if any(word.split("=")[0] == "--optim.epochs" for word in flags):
+        preset = preset.override({"optim.min_samples": 0})
+    return parse_flags(flags, preset)
 
 
 def evaluate(words: Sequence[str]) -> int:
@@ -143,7 +231,11 @@ def submit(words: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "data": data,
     "train": train,
+    "tune": tune,
+    "compare": compare,
     "evaluate": evaluate,
+    "promote": promote,
+    "rollback": rollback,
     "submit": submit,
 }
 
@@ -151,9 +243,13 @@ USAGE_TEXT = """usage: triptych COMMAND ...
 
   data synth OUT          write a generated corpus          data index|lint|stats URI   look at data
   train PRESET ...        train, track and package a model
+  tune PRESET ...         search settings: many runs, the weak ones ended early
+  compare SWEEP|RUN ...   rank runs with errors; table and report
   evaluate MODEL ...      retrieval recall on a held-out split
+  promote RUN|SWEEP ...   gate, registry, alias champion    rollback --name NAME        the champion before
   submit COMMAND...       run any of these as a job on a Ray cluster
 
+MODEL is a run folder, a checkpoint, an encoder package or models:/NAME@ALIAS.
 `triptych COMMAND --help` says more. Paths are local or URLs (s3://, gs://, file://)."""
 
 

@@ -23,6 +23,7 @@ from models.preprocess import CaptionTokenizer, PreprocessorConfig
 from pipelines.augment import augment
 from pipelines.checkpoints import Progress, RunFiles, read_checkpoint, read_table, write_checkpoint
 from pipelines.config import ExperimentConfig
+from pipelines.holds import Holds
 from pipelines.ledger import check_balance, check_skipped
 from pipelines.manifest import Manifest
 from pipelines.meter import Meter
@@ -49,6 +50,10 @@ class Job:
     tokenizer_json: str
     initial_weights: str
     mailbox: Any
+    holds: tuple[int, ...] = ()
+    """Samples seen after which, once validated, the run asks whether to go on."""
+    fatal: tuple[str, ...] = ()
+    """Keys of alarms that end the run, besides those of level stop."""
 
 
 class Counts(NamedTuple):
@@ -60,7 +65,7 @@ class Counts(NamedTuple):
 
 
 def train_worker(job: Job) -> dict[str, Any]:
-    """Train's entry point. Returns the run's last numbers, or {"stopped": reason} on every rank alike."""
+    """Train's entry point. Returns the run's last numbers, {"stopped": reason} or {"left": samples}, on all ranks."""
     run = Run(job)
     try:
         return run.train()
@@ -98,6 +103,7 @@ class Run:
         self.meter = Meter()
         self.watch = Watch(self.state, self.settings, self.workers, self.experiment.encoder.embed_dim)
         self.metrics: dict[str, float] = {}
+        self.holds = Holds(job.holds, self.progress.seen, self.planned, job.mailbox)
 
     def _restore(self) -> None:
         checkpoint = ray.train.get_checkpoint()
@@ -130,6 +136,8 @@ class Run:
             if self.progress.seen >= min(due, self.planned):
                 self._checkpoint()
                 due += interval
+                if not self.holds.may_go_on(self.progress.seen, self._tell_hold, self.workers, self.device):
+                    return {"left": self.progress.seen}
         if self.progress.seen % self.job.manifest.count == 0:  # the last epoch is whole, so it is checked as well
             self._end_epoch()
         return {"step": self.progress.step, "samples": self.progress.seen, "metrics": self.metrics}
@@ -236,6 +244,9 @@ class Run:
         skipped = torch.tensor([self.records.skipped_in_epoch], device=self.device)
         self.progress.epoch_skipped += int(self.workers.all_reduce_sum(skipped))
         self.records.skipped_in_epoch = 0
+
+    def _tell_hold(self) -> None:
+        self._tell("hold", self.metrics)
 
     def _tell(self, kind: str, metrics: dict[str, float], **more: Any) -> None:
         if self.workers.rank == 0:

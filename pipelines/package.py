@@ -1,4 +1,4 @@
-"""From whatever a user calls a model (run folder, checkpoint, encoder package) to a package on this machine."""
+"""From whatever a user calls a model (run folder, checkpoint, package, registered version) to a local package."""
 
 import json
 import tempfile
@@ -15,9 +15,13 @@ from models.objectives import build_model
 from models.preprocess import CaptionTokenizer, PreprocessorConfig
 from pipelines import storage
 from pipelines.config import ExperimentConfig
+from pipelines.registry import SPACE, Registry, Version
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of a run's checkpoints; a folder that it does not name is not trusted."""
+_REGISTERED = "models:/"
+_ARTIFACTS = "mlflow-artifacts:"
+"""What a tracking server calls files that only it can read."""
 
 
 class Listed(NamedTuple):
@@ -66,6 +70,10 @@ def best_checkpoint(run: str) -> Listed:
 @contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
     """A folder on this machine with the content of `uri`; a local folder is used as it is."""
+    if uri.startswith(_ARTIFACTS):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Registry().fetch(uri, folder)
+        return
     if "://" not in uri:
         yield Path(uri)
         return
@@ -78,8 +86,12 @@ def local_copy(uri: str) -> Iterator[Path]:
 def package_of(model: str) -> Iterator[Path]:
     """The encoder package of a MODEL, as a local folder; of a checkpoint it is built on the way.
 
-    Raises InputError where `model` is none of: run folder, checkpoint, encoder package.
+    Raises InputError where `model` is none of: run folder, checkpoint, encoder package, registered version.
     """
+    if model.startswith(_REGISTERED):
+        with registered_package(Registry().resolve(model)) as folder:
+            yield folder
+        return
     kind, uri = locate(model)
     with local_copy(uri) as folder:
         if kind == "package":
@@ -91,12 +103,25 @@ def package_of(model: str) -> Iterator[Path]:
             yield Path(target)
 
 
+@contextmanager
+def registered_package(version: Version) -> Iterator[Path]:
+    """A version's package as a local folder; raises InputError where it is gone, or is not what was registered."""
+    with local_copy(version.source) as folder:
+        config, space = folder / "config.json", version.tags.get(SPACE)
+        document = json.loads(config.read_bytes()) if config.is_file() else {}
+        if space and document.get("embedding_space") != space:
+            raise InputError(
+                f"{version}: its package (space {space}) is not at {version.source} any more; promote again"
+            )
+        yield folder
+
+
 def locate(model: str) -> tuple[str, str]:
     """("package" | "checkpoint", its URI) of a MODEL."""
-    if model.startswith("models:/"):
-        raise InputError(f"{model}: this version has no model registry; name a run folder, a checkpoint or a package")
+    if model.startswith(_REGISTERED):
+        return "package", Registry().resolve(model).source
     if not storage.exists(model):
-        raise InputError(f"{model}: no such model; give a run folder, a checkpoint or an encoder package")
+        raise InputError(f"{model}: no such model; give a run folder, a checkpoint, a package or models:/NAME@ALIAS")
     if storage.exists(storage.join(model, "package", "config.json")):
         return "package", storage.join(model, "package")
     if storage.exists(storage.join(model, "position.json")):

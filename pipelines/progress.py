@@ -10,18 +10,19 @@ import ray
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
-"""{"kind": "step" | "validation" | "alarm", "step": int, "samples": int, "planned": int, "metrics": {...}}.
+"""{"kind": "step" | "validation" | "hold" | "alarm", "step": int, "samples": int, "planned": int, "metrics": {...}}.
 
-An alarm has no metrics but key, value, level and text.
+An alarm has no metrics but key, value, level and text. A hold has those of the validation before it.
 """
 
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Keeps events until the driver takes them."""
+    """Keeps events until the driver takes them, and the driver's answers until the run takes them."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._answers: list[bool] = []
 
     def put(self, event: Event) -> None:
         """Leave an event."""
@@ -31,6 +32,14 @@ class Mailbox:
         """All events since the last call."""
         events, self._events = self._events, []
         return events
+
+    def answer(self, go_on: bool) -> None:
+        """Tell a run that waits at a hold, or the next one, to go on or to leave."""
+        self._answers.append(go_on)
+
+    def answered(self) -> bool | None:
+        """The next answer; None while there is none."""
+        return self._answers.pop(0) if self._answers else None
 
 
 class Listener:

@@ -10,8 +10,10 @@ from models.config import InputError
 from pipelines.endpoint import resolve_uri
 
 PATH_OPTIONS = frozenset({"--train-data", "--val-data", "--data", "--out", "--init", "--index", "--json"})
-HUB_OPTIONS = frozenset({"--encoder.vision.backbone", "--encoder.text.backbone", "--encoder.text.tokenizer"})
-"""Options that take a hub name as well as a folder."""
+NAME_OPTIONS = frozenset(
+    {"--encoder.vision.backbone", "--encoder.text.backbone", "--encoder.text.tokenizer", "--space"}
+)
+"""Options that take a name (of the hub, of a ready space) as well as a path."""
 PASSED = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")
 """All that a job gets of the environment: Ray's dashboard shows it to everyone, so no secret is among it."""
 TRACKED = frozenset({"train", "tune", "promote", "rollback"})
@@ -39,7 +41,7 @@ def path_arguments(command: Sequence[str]) -> Iterator[tuple[str, str]]:
         flag, equals, value = word.partition("=")
         name, value = flag.replace("_", "-"), value if equals else following
         is_folder = value.startswith(("/", ".", "~", "file:")) or Path(value).exists()
-        if value and (name in PATH_OPTIONS or (name in HUB_OPTIONS and is_folder)):
+        if value and (name in PATH_OPTIONS or (name in NAME_OPTIONS and is_folder)):
             yield name, value
 
 

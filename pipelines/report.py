@@ -45,14 +45,14 @@ def training_report(path: Path, page: TrainingPage) -> None:
     """Writes the page of a training run."""
     sections = [
         f"<header><h1>{escape(page.title)}</h1>" + (f"<p>{escape(page.lead)}</p>" if page.lead else "") + "</header>",
-        _section("Recall", _recall_note(page.recall) + _recall_table(page.recall)) if page.recall else "",
-        _section("What it finds", _contact_sheet(page.contact_sheet)) if page.contact_sheet else "",
-        _section("Recall while training", _validation(page.validation)) if page.validation else "",
-        _section("Losses", _losses(page.losses)) if page.losses else "",
-        _section("The run", _facts(page.facts)) if page.facts else "",
+        section("Recall", _recall_note(page.recall) + _recall_table(page.recall)) if page.recall else "",
+        section("What it finds", _contact_sheet(page.contact_sheet)) if page.contact_sheet else "",
+        section("Recall while training", _validation(page.validation)) if page.validation else "",
+        section("Losses", _losses(page.losses)) if page.losses else "",
+        section("The run", facts_list(page.facts)) if page.facts else "",
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_PAGE.format(title=escape(page.title), style=_STYLE, body="\n".join(sections)), encoding="utf-8")
+    path.write_text(whole_page(page.title, "\n".join(sections)), encoding="utf-8")
 
 
 def charts_page(path: Path, title: str, lead: str, charts: Sequence[Chart]) -> None:
@@ -60,7 +60,17 @@ def charts_page(path: Path, title: str, lead: str, charts: Sequence[Chart]) -> N
     drawn = "".join(map(line_chart, charts))
     body = f'<header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header><section class="charts">{drawn}</section>'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_PAGE.format(title=escape(title), style=_STYLE, body=body), encoding="utf-8")
+    path.write_text(whole_page(title, body), encoding="utf-8")
+
+
+def whole_page(title: str, body: str, style: str = "") -> str:
+    """The page around a body; `style` goes behind the common one."""
+    return _PAGE.format(title=escape(title), style=_STYLE + style, body=body)
+
+
+def section(title: str, body: str) -> str:
+    """A part of a page under a heading."""
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
 def recall_rows(metrics: Mapping[str, float]) -> list[tuple[str, list[float]]]:
@@ -74,10 +84,6 @@ def recall_rows(metrics: Mapping[str, float]) -> list[tuple[str, list[float]]]:
     if rows and metrics.get("images"):
         rows.append(("chance, text to image", [min(1.0, depth / metrics["images"]) for depth in _DEPTHS]))
     return rows
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
 def _recall_note(metrics: Mapping[str, float]) -> str:
@@ -136,7 +142,8 @@ def _losses(losses: Mapping[str, Series]) -> str:
     return f'{note}<div class="charts">{"".join(charts)}</div>'
 
 
-def _facts(facts: Mapping[str, str]) -> str:
+def facts_list(facts: Mapping[str, str]) -> str:
+    """Names and what they are, side by side."""
     return "<dl>" + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()) + "</dl>"
 
 

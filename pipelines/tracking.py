@@ -89,23 +89,24 @@ class Tracker:
         server does not know begins anew, with a warning and the tag `triptych.continues`.
         """
         uri = resolve_uri(uri)
-        tags = dict(tags) | {"mlflow.runName": run_name}
+        tags = {key: redact(value)[:_TAG_LENGTH] for key, value in {**tags, "mlflow.runName": run_name}.items()}
         client = None
         try:
-            with _answers(uri):
-                client = _connect(uri)
+            with answers(uri):
+                client = connect(uri)
                 if run_id and not _exists(client, run_id):
                     logger.warning("MLflow run %s is not at %s: its history goes on in a new run", run_id, redact(uri))
                     tags, run_id = tags | {"triptych.continues": run_id}, None
                 if not run_id:
-                    run_id = str(client.create_run(_experiment(client, uri, experiment), run_name=run_name).info.run_id)
+                    home = _experiment(client, uri, experiment)
+                    run_id = str(client.create_run(home, run_name=run_name, tags=tags).info.run_id)
         except ConnectionError as error:
             if not run_id:
                 raise InputError(f"{error}; start the server, or correct or unset MLFLOW_TRACKING_URI") from error
             logger.warning("%s; points are kept and sent when it is back", error)
         tracker = cls(uri, run_id, params, tags, Outbox(Path(f"mlflow-unsent-{run_id}.jsonl").absolute()))
         if client is not None:
-            with contextlib.suppress(ConnectionError), _answers(uri):  # else the thread does it
+            with contextlib.suppress(ConnectionError), answers(uri):  # else the thread does it
                 tracker._describe(client)
         tracker._courier = Courier(tracker._send, tracker._warn)
         return tracker
@@ -125,7 +126,7 @@ class Tracker:
         deadline, pause = time.monotonic() + patience, 1.0
         while True:
             try:
-                client = _connect(self.uri)
+                client = connect(self.uri)
                 upload = client.log_artifacts if Path(local).is_dir() else client.log_artifact
                 upload(self.run_id, local, path)
                 return True
@@ -159,7 +160,7 @@ class Tracker:
         """Sends all that waits and, the last time, closes the run. Raises whatever the client raises."""
         if not self._outbox and not last and self._described:
             return
-        client, self._client = self._client or _connect(self.uri), None  # after a failure: probe first
+        client, self._client = self._client or connect(self.uri), None  # after a failure: probe first
         if not self._described:
             self._describe(client)
         while self._outbox and not (self._courier and self._courier.abandoned):
@@ -181,19 +182,20 @@ class Tracker:
         params = [Param(name, redact(value)[:_PARAM_LENGTH]) for name, value in names.items() if name not in there]
         for first in range(0, len(params), _PARAMS):
             client.log_batch(self.run_id, params=params[first : first + _PARAMS])
-        tags = [RunTag(key, redact(value)[:_TAG_LENGTH]) for key, value in self._tags.items()]
+        tags = [RunTag(key, value) for key, value in self._tags.items()]
         client.log_batch(self.run_id, tags=tags)
         client.update_run(self.run_id, status="RUNNING")
         self._described = True
 
 
-def _connect(uri: str) -> Any:
+def connect(uri: str) -> Any:
     """An MLflow client; raises ConnectionError within seconds where nothing answers."""
     if problem := probe(uri):
         raise ConnectionError(problem)
     # MLflow's telemetry thread changes os.environ while requests reads it; its retries block for minutes, ours do not.
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is for results
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     from mlflow.tracking import MlflowClient
@@ -219,7 +221,7 @@ def _alone(uri: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _answers(uri: str) -> Iterator[None]:
+def answers(uri: str) -> Iterator[None]:
     """Turns what the client raises into one line: InputError (refused) or ConnectionError (not there, or not now)."""
     try:
         yield
@@ -230,6 +232,14 @@ def _answers(uri: str) -> Iterator[None]:
         refused = code in _REFUSALS or isinstance(error, ImportError)
         message = f"MLflow at {redact(uri)}: {_REFUSALS.get(code) or reason(error)}"
         raise (InputError if refused else ConnectionError)(message) from error
+
+
+def download(uri: str, artifacts: str, folder: str) -> str:
+    """Copies a folder of artifacts (a URI that the server at `uri` gave) below a local folder; returns where it is."""
+    connect(uri)
+    from mlflow.artifacts import download_artifacts
+
+    return str(download_artifacts(artifact_uri=artifacts, dst_path=folder, tracking_uri=uri))
 
 
 def _log(client: Any, run_id: str, points: list[Point]) -> None:

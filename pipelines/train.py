@@ -3,7 +3,6 @@
 import json
 import logging
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,34 +12,20 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from models.checkpoint import verify_files, write_files_json
+from models.checkpoint import write_files_json
 from models.config import InputError
-from models.encoders import resolve
-from models.objectives import Moment, check_codebook, coefficients
-from models.preprocess import CaptionTokenizer, clean_caption, load_tokenizer, train_tokenizer
 from pipelines import cluster, storage
 from pipelines.capacity import require_capacity
 from pipelines.config import ExperimentConfig
 from pipelines.evaluate import evaluate_package
 from pipelines.lineage import commit
 from pipelines.loop import Job, planned_samples, train_worker
-from pipelines.manifest import Manifest, build_manifest, captions_of
-from pipelines.package import (
-    best_checkpoint,
-    build_package,
-    listed_checkpoints,
-    local_copy,
-    model_card,
-    read_experiment,
-)
-from pipelines.plan import groups, require_groups
+from pipelines.package import best_checkpoint, build_package, listed_checkpoints, local_copy, model_card
+from pipelines.prepare import Prepared, named, prepare
 from pipelines.progress import Event, Listener, step_line, validation_line
 from pipelines.tracking import EXPERIMENT, Status, Tracker, flatten
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_CAPTIONS = 200_000
-"""Captions that a tokeniser is trained on."""
 
 
 class TrainingFailed(RuntimeError):
@@ -48,6 +33,26 @@ class TrainingFailed(RuntimeError):
 
     history: Sequence[Event] = ()
     """The run's events in this process, in order."""
+
+
+class TrainingLeft(RuntimeError):
+    """A run that is followed was told to leave at a hold: its last checkpoint is there to go on from."""
+
+
+@dataclass(frozen=True)
+class Following:
+    """How a sweep follows a run, which then writes neither log nor MLflow."""
+
+    mailbox: Any
+    """The Mailbox that takes the run's events; at a hold the run waits there for an answer."""
+    holds: tuple[int, ...] = ()
+    """Samples seen after which, once validated, the run asks whether to go on."""
+    fatal: tuple[str, ...] = ()
+    """Keys of alarms that end the run, besides those of level stop."""
+
+    def job(self, prepared: Prepared) -> Job:
+        """The workers' job."""
+        return Job(mailbox=self.mailbox, holds=self.holds, fatal=self.fatal, **prepared.job())
 
 
 @dataclass
@@ -67,10 +72,11 @@ class FitResult:
         return [event["text"] for event in self.history if event["kind"] == "alarm" and event["level"] != "range"]
 
 
-def fit(experiment: ExperimentConfig, resume: bool = False) -> FitResult:
+def fit(experiment: ExperimentConfig, resume: bool = False, following: Following | None = None) -> FitResult:
     """Train, or go on training; returns when the package is written and scored.
 
-    Raises InputError for whatever the user can mend before anything is trained, TrainingFailed after.
+    Raises InputError for whatever the user can mend before anything is trained, TrainingFailed after, and TrainingLeft
+    where `following` told the run to leave.
     """
     experiment = named(experiment)
     run = storage.join(experiment.out, experiment.name)
@@ -80,6 +86,9 @@ def fit(experiment: ExperimentConfig, resume: bool = False) -> FitResult:
     cluster.connect()
     compute = experiment.compute
     require_capacity(compute.workers, compute.cpus_per_worker, float(compute.gpus), compute.cpus_per_data_task)
+    if following:
+        _train(following.job(prepared), run)
+        return FitResult(run, finish_run(experiment, run, None))
     tracker = _start_tracking(experiment, run, prepared, resume)
     history: list[Event] = []
     listener = Listener(lambda event: _handle(event, tracker, history))
@@ -100,110 +109,6 @@ def fit(experiment: ExperimentConfig, resume: bool = False) -> FitResult:
     finally:
         listener.close()
         tracker.finish(status)
-
-
-def named(experiment: ExperimentConfig) -> ExperimentConfig:
-    """The experiment with absolute paths and a name; raises InputError for a path that is not given."""
-    for name in ("train_data", "val_data", "out"):
-        if not getattr(experiment, name):
-            raise InputError(f"--{name.replace('_', '-')} is missing: a folder or URL")
-    name = experiment.name or f"{experiment.preset}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-    if "/" in name or name.startswith("."):
-        raise InputError(f"--name {name!r}: a name without / that does not begin with a dot")
-    paths = {key: storage.make_absolute(getattr(experiment, key)) for key in ("train_data", "val_data", "out")}
-    if experiment.init:
-        paths["init"] = storage.make_absolute(experiment.init)
-    return experiment.model_copy(update=paths | {"name": name})
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run folder ready to train in."""
-
-    experiment: ExperimentConfig
-    manifest: Manifest
-    validation: Manifest
-    tokenizer_json: str
-
-    def job(self) -> dict[str, Any]:
-        """The job's fields that do not depend on Ray."""
-        return {
-            "experiment": self.experiment,
-            "manifest": self.manifest,
-            "validation": self.validation,
-            "tokenizer_json": self.tokenizer_json,
-            "initial_weights": self.experiment.init,
-        }
-
-
-def prepare(experiment: ExperimentConfig, run: str, resume: bool) -> Prepared:
-    """Index the data, find or train the tokeniser, write the run folder; or read it back to go on."""
-    config, manifest_file = storage.join(run, "config.json"), storage.join(run, "manifest.parquet")
-    tokenizer_file = storage.join(run, "tokenizer.json")
-    exists = storage.exists(config)
-    if exists and not resume:
-        raise InputError(f"{run}: a run of that name exists; choose another --name, or go on with it by --resume")
-    if resume and not exists:
-        raise InputError(f"{run}: no run to resume; check --out and --name")
-    if not coefficients(experiment.objective, Moment(experiment.objective.alpha)):
-        raise InputError("objective.weights: every weight is 0, so nothing would be learnt; give a term a weight")
-    for note in check_codebook(experiment.objective, experiment.optim.batch_size):
-        logger.warning(note)
-    validation = build_manifest(experiment.val_data, experiment.pairs)
-    if resume:
-        stored = read_experiment(config)
-        _require_same_model(experiment, stored)
-        experiment = experiment.model_copy(update={"encoder": stored.encoder})
-        manifest, tokenizer = Manifest.load(manifest_file), storage.read_bytes(tokenizer_file).decode()
-        _check_latest(run)
-    else:
-        manifest = build_manifest(experiment.train_data, experiment.pairs)
-        tokenizer, experiment = _tokenizer(experiment, manifest)
-    require_groups(groups(manifest.units, experiment.seed, 0), experiment.compute.workers)
-    if not resume:
-        manifest.save(manifest_file)
-        storage.write_bytes(tokenizer_file, tokenizer.encode())
-    storage.write_bytes(config, experiment.model_dump_json(indent=1).encode())
-    return Prepared(experiment, manifest, validation, tokenizer)
-
-
-def _tokenizer(experiment: ExperimentConfig, manifest: Manifest) -> tuple[str, ExperimentConfig]:
-    """The tokeniser's JSON, and the experiment with its vocabulary and every backbone resolved."""
-    text = experiment.encoder.text
-    source = text.tokenizer or text.backbone
-    if source:
-        tokenizer = load_tokenizer(source)
-    else:
-        words = experiment.pairs.max_caption_words
-        captions = (clean_caption(c, words) for c in captions_of(manifest, experiment.pairs, TOKENIZER_CAPTIONS))
-        tokenizer = CaptionTokenizer.from_json(train_tokenizer(captions, text.vocab_size).to_str())
-    if experiment.objective.weights.mlm > 0 and tokenizer.mask_id < 0:
-        raise InputError(f"encoder.text.tokenizer: {source} has no mask token; use another, or objective.weights.mlm 0")
-    vocab_size = max(tokenizer.vocab_size, text.vocab_size) if text.backbone else tokenizer.vocab_size
-    encoder = resolve(experiment.encoder, vocab_size)
-    rows = encoder.text.architecture["vocab_size"]
-    if tokenizer.vocab_size > rows:
-        raise InputError(f"encoder.text.tokenizer: {tokenizer.vocab_size} words, but the text tower has {rows}")
-    return tokenizer.to_json(), experiment.model_copy(update={"encoder": encoder})
-
-
-def _require_same_model(asked: ExperimentConfig, stored: ExperimentConfig) -> None:
-    """A run goes on with the model and objective it began with."""
-    for name in ("preset", "seed", "train_data"):
-        if getattr(asked, name) != getattr(stored, name):
-            raise InputError(
-                f"--resume: {name} is {getattr(asked, name)!r}, but the run began with {getattr(stored, name)!r}"
-            )
-    if asked.objective != stored.objective:
-        raise InputError("--resume: the objective differs from the one the run began with; give the same flags")
-
-
-def _check_latest(run: str) -> None:
-    """Raises InputError where the checkpoint to go on from is damaged, before workers are started."""
-    checkpoints = listed_checkpoints(run)
-    if checkpoints:
-        with local_copy(checkpoints[-1].uri) as folder:
-            verify_files(folder, checkpoints[-1].uri)
 
 
 def _start_tracking(experiment: ExperimentConfig, run: str, prepared: Prepared, resume: bool) -> Tracker:
@@ -237,7 +142,7 @@ def _handle(event: Event, tracker: Tracker, history: list[Event]) -> None:
 
 
 def _train(job: Job, run: str) -> None:
-    """Run the workers to the end of the plan; raises TrainingFailed."""
+    """Run the workers to the end of the plan; raises TrainingFailed or TrainingLeft."""
     experiment = job.experiment
     compute, planned = experiment.compute, planned_samples(experiment, job.manifest.count)
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": 1.0} if compute.gpus else {})
@@ -268,6 +173,8 @@ def _train(job: Job, run: str) -> None:
     outcome = result.return_value or {}
     if "stopped" in outcome:
         raise TrainingFailed(outcome["stopped"])
+    if "left" in outcome:
+        raise TrainingLeft(f"left after {outcome['left']:,} samples")
 
 
 def _why(error: TrainingFailedError) -> str:
