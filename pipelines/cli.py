@@ -165,7 +165,7 @@ def _experiment(preset: "ExperimentConfig", flags: Sequence[str]) -> "Experiment
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """Retrieval recall of a MODEL (run folder, checkpoint or encoder package) on a held-out split."""
+    """Recall of a MODEL (run folder, checkpoint, encoder package or models:/NAME@ALIAS) on a held-out split."""
     parser = Parser("triptych evaluate", description=evaluate.__doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--data", required=True, metavar="URI", help="folder, file or URL of pairs")
