@@ -17,8 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(VENV)/bin/python -m pipelines.demo
 
+# Two processes: one has all tests that start Ray (tests/conftest.py), the other the rest, with a thread each.
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -m 'not slow'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-long: $(STAMP)
 	$(VENV)/bin/python -m pytest -q

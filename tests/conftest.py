@@ -73,6 +73,21 @@ def s3() -> Iterator[ObjectStore]:
     server.stop()
 
 
+STARTS_RAY = {"test_capacity", "test_cluster", "test_ingest", "test_submit", "test_sweep", "test_train"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes one gets all that starts Ray, first of all; other files stay whole."""
+
+    def group(item: pytest.Item) -> str:
+        ray = item.path.stem in STARTS_RAY or "ray_local" in getattr(item, "fixturenames", ())
+        return "ray" if ray else item.path.stem
+
+    items.sort(key=lambda item: group(item) != "ray")
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
 @pytest.fixture(scope="session")
 def ray_local(s3: ObjectStore) -> Iterator[None]:
     """Ray on this machine with two slots; its workers reach the S3 server."""

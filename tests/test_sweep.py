@@ -385,6 +385,11 @@ def test_table_line_and_summary_say_how_a_sweep_goes(tmp_path):
 # A trial by itself
 
 
+def test_a_trials_process_imports_no_mlflow():
+    program = "import sys, tuning.trial; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
 class Post:
     """Stands for the driver's mailbox."""
 

@@ -1,21 +1,21 @@
 import contextlib
 import json
 import logging
-import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from servers import MlflowServer, mlflow_server, postgres
 from tracked import history, run_of
 
 from pipelines import tracking
 from pipelines.tracking import EXPERIMENT, Tracker
+from tests.tracking_load import value
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:mlflow.*", "ignore::DeprecationWarning:sqlalchemy.*"
@@ -68,28 +68,21 @@ class Gate:
 
 
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory) -> Iterator[Gate]:
+def on_sqlite(tmp_path_factory) -> Iterator[MlflowServer]:
+    with mlflow_server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def on_postgresql(tmp_path_factory) -> Iterator[MlflowServer]:
+    with postgres() as store, mlflow_server(tmp_path_factory.mktemp("server"), store) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def gate(on_sqlite) -> Gate:
     """A real MLflow server, on a file of its own, behind a gate."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///server.db", "--workers", "1"]
-    command += ["--artifacts-destination", "./artifacts", "--host", "127.0.0.1", "--port", str(port)]
-    with (folder / "log").open("w") as log:
-        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "log").read_text()
-                time.sleep(0.5)
-        yield Gate(port)
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+    return Gate(on_sqlite.port)
 
 
 def test_a_server_that_is_away_for_seconds_delays_and_loses_nothing(gate, tmp_path, monkeypatch, caplog):
@@ -141,3 +134,41 @@ def test_points_that_are_left_at_the_end_are_kept_in_a_file_and_sent_later(gate,
     assert ended.value.code == 0 and not unsent.exists()
     assert history(uri, first.run_id, "train/loss/cma") == [(1, 1.0), (2, 2.0)]
     assert run_of(uri, first.run_id).info.status == "KILLED"
+
+
+# Many writers at once
+
+
+def start_writers(uri: str, processes: int, steps: int, pause: float) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "tests.tracking_load", uri, str(processes), str(steps), str(pause)]
+    return subprocess.Popen(words, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE)
+
+
+def check_points(server: MlflowServer, runs: list[str], steps: int) -> None:
+    """Every point of every run, with its value."""
+    assert len(set(runs)) == len(runs)
+    for process, run_id in enumerate(runs):
+        expected = [(step, value(process, step)) for step in range(steps)]
+        assert history(server.uri, run_id, "train/loss/total") == expected
+        assert len(history(server.uri, run_id, "perf/samples_per_second")) == steps
+        assert run_of(server.uri, run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("store", ["on_sqlite", "on_postgresql"])
+def test_many_processes_that_write_at_once_lose_no_point(store, request):
+    server = request.getfixturevalue(store)
+    writers = start_writers(server.uri, 8, 20, 0.01)
+    check_points(server, json.loads(writers.communicate(timeout=200)[0]), 20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("store", ["on_sqlite", "on_postgresql"])
+def test_eight_processes_of_200_steps_lose_no_point_though_the_server_stops_for_30_seconds(store, request):
+    server = request.getfixturevalue(store)
+    writers = start_writers(server.uri, 8, 200, 0.3)
+    time.sleep(35)  # in the middle: they write for 60 s after their imports
+    server.stop()
+    time.sleep(30)
+    server.start()
+    check_points(server, json.loads(writers.communicate(timeout=400)[0]), 200)

@@ -1,6 +1,7 @@
 """The sweep's driver listens: what trials say goes into `sweep.json` and MLflow, as it comes."""
 
 import json
+import logging
 import math
 import threading
 import time
@@ -8,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray import tune
 
 from pipelines import storage
 from pipelines.lineage import commit
@@ -26,6 +26,8 @@ from tuning.children import (
     start_parent,
 )
 from tuning.records import FILE_NAME, METRIC, Repeat, Sweep, Trial, TrialStatus
+
+logger = logging.getLogger(__name__)
 
 MLFLOW: dict[TrialStatus, Status] = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 FEWEST_DONE = 3
@@ -81,10 +83,15 @@ class Recorder:
             if trial is not None and trial.ended and found.status == "RUNNING":
                 self._close(trial)
 
-    def save(self) -> None:
-        """Write `sweep.json`."""
+    def save(self, last: bool = False) -> None:
+        """Write `sweep.json`; a store that does not answer gets it with the next change, unless it is the `last`."""
         with self.lock:
-            self.sweep.save(self.folder)
+            try:
+                self.sweep.save(self.folder)
+            except storage.Unavailable as error:
+                if last:
+                    raise
+                logger.warning("%s; it is written again with the next change", error)
 
     def add(self, trial_id: str, overrides: Mapping[str, Any]) -> None:
         """Note a trial that a searcher has made up; a known one is left alone."""
@@ -243,7 +250,7 @@ class Recorder:
         for trial_id, child in self._children.items():
             child.wait(deadline - time.monotonic())
             self.sweep.trial(trial_id).mlflow_run_id = child.run_id
-        self.save()
+        self.save(last=True)
 
     def close(self, status: Status, text: str) -> None:
         """Send what is left to MLflow and end the parent run; children that have not ended may be continued."""
@@ -256,37 +263,6 @@ class Recorder:
                     child.close(MLFLOW.get(trial.status, "KILLED"), trial.status if trial.ended else "interrupted")
             self._wait()
         finish_parent(self._parent, status, _summary(self.sweep), text, storage.join(self.folder, FILE_NAME))
-
-
-class Follow(tune.Callback):  # type: ignore[misc]  # Ray is not typed
-    """What Tune itself knows of trials: when they start, when the scheduler ends one, when one's process is lost."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-
-    def __reduce__(self) -> Any:
-        """Tune pickles its settings, which nobody reads here."""
-        return tune.Callback, ()
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A process is there."""
-        task = trial.config["task"]
-        self._recorder.add(task["trial_id"], task["overrides"])
-        self._recorder.started(task["trial_id"], task["seed"])
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended by itself, or was stopped at a hold."""
-        task, result = trial.config["task"], trial.last_result
-        if "status" not in result and task["seed"] is None:
-            reason = f"stopped by {self._recorder.sweep.scheduler} at {result['samples_seen']:,} samples"
-            self._recorder.stopped(task["trial_id"], f"{reason}: recall {result[METRIC]:.3f}")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial failed; raises TrainingFailed where most have."""
-        task = trial.config["task"]
-        if task["seed"] is None:
-            self._recorder.failed(task["trial_id"], "its process was lost; perhaps the machine's memory is too small")
-            self._recorder.require_hope()
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -16,7 +16,8 @@ from pipelines.config import ExperimentConfig
 from pipelines.tracking import Status
 from tuning import schedulers
 from tuning.begin import Request, make_plan
-from tuning.recorder import Follow, Recorder
+from tuning.follow import Follow
+from tuning.recorder import Recorder
 from tuning.records import Sweep
 from tuning.slots import DRIVER_CPUS, plan_slots
 from tuning.space import Space

@@ -92,12 +92,8 @@ def showing(sweep: Sweep, progress: Mapping[str, int], lock: Any, every: float =
             return make(sweep, progress)
 
     if sys.stderr.isatty():
-        with Live(
-            get_renderable=lambda: under_lock(sweep_table),
-            console=Console(stderr=True),
-            refresh_per_second=2,
-            vertical_overflow="crop",
-        ):
+        live = Live(get_renderable=lambda: under_lock(sweep_table), console=Console(stderr=True), refresh_per_second=2)
+        with live, _logging_above():
             yield
         return
     done = threading.Event()
@@ -113,6 +109,18 @@ def showing(sweep: Sweep, progress: Mapping[str, int], lock: Any, every: float =
     finally:
         done.set()
         speaker.join()
+
+
+@contextmanager
+def _logging_above() -> Iterator[None]:
+    """Log lines go where the live table has put itself in place of standard error: above it, not through it."""
+    streams = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
+    moved = [(handler, handler.setStream(sys.stderr)) for handler in streams if handler.stream is sys.__stderr__]
+    try:
+        yield
+    finally:
+        for handler, before in moved:
+            handler.setStream(before)
 
 
 def summary(sweep: Sweep, folder: str) -> str:
