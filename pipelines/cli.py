@@ -1,12 +1,13 @@
 """The `triptych` command. Each command imports what it needs when it runs, so that `--help` is instant."""
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from models.config import InputError
 from pipelines.flags import UsageError, flag_help, parse_flags
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from pipelines.config import ExperimentConfig
 
 DONE, FAILED, USAGE = 0, 1, 2
+RESULTS: list[TextIO] = []
+"""Standard output as it was when the command began."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +33,15 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    RESULTS.append(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what Ray and others print is no result
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+    finally:
+        RESULTS.pop()
+
+
+def _run(words: list[str]) -> int:
     _log_to_stderr()
     if not words or words[0] in ("-h", "--help"):
         _print(USAGE_TEXT)
@@ -58,6 +69,7 @@ def train(words: Sequence[str]) -> int:
     resume = "--resume" in words
     experiment = _experiment(preset, [word for word in words[1:] if word != "--resume"])
 
+    from pipelines.score_table import recall_table
     from pipelines.train import fit
 
     result = fit(experiment, resume)
@@ -174,6 +186,7 @@ def evaluate(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
 
     from pipelines.evaluate import evaluate_model
+    from pipelines.score_table import recall_table
     from pipelines.storage import write_bytes
 
     metrics = evaluate_model(options.model, options.data, options.rerank_top)
@@ -253,24 +266,9 @@ MODEL is a run folder, a checkpoint, an encoder package or models:/NAME@ALIAS.
 `triptych COMMAND --help` says more. Paths are local or URLs (s3://, gs://, file://)."""
 
 
-def recall_table(metrics: dict[str, float]) -> str:
-    """Recall as a table, first stage and re-ranked, and what it was measured on."""
-    plain = {name.removeprefix("val/"): value for name, value in metrics.items()}
-    lines = [f"{'':30}{'R@1':>8}{'R@5':>8}{'R@10':>8}"]
-    for suffix, stage in (("", "first stage"), ("_reranked", "re-ranked")):
-        for side, title in (("image_retrieval", "text to image"), ("text_retrieval", "image to text")):
-            names = [f"{side}_recall_at_{k}{suffix}" for k in (1, 5, 10)]
-            if all(name in plain for name in names):
-                cells = "".join(f"{100 * plain[name]:7.1f}%" for name in names)
-                lines.append(f"{f'{title}, {stage}':30}{cells}")
-    counts = [f"{int(plain[n]):,} {n.replace('_', ' ')}" for n in ("images", "captions") if n in plain]
-    if "rerank_queries" in plain:
-        counts.append(f"re-ranked: first {int(plain['rerank_top'])} of {int(plain['rerank_queries']):,} queries a side")
-    return "\n".join([*lines, ", ".join(counts)])
-
-
 def _print(text: str) -> None:
-    sys.stdout.write(text.rstrip("\n") + "\n")
+    RESULTS[-1].write(text.rstrip("\n") + "\n")
+    RESULTS[-1].flush()
 
 
 def _complain(error: object, code: int) -> int:

@@ -24,12 +24,12 @@ from models.checkpoint import Package, load_package
 from models.config import InputError
 from models.preprocess import clean_caption, resize_for_eval
 from pipelines.charts import Series
-from pipelines.cli import recall_table
 from pipelines.config import PRESETS, ExperimentConfig
 from pipelines.evaluate import encode, evaluate_model
 from pipelines.lineage import commit
 from pipelines.progress import Event
 from pipelines.report import ContactRow, TrainingPage, training_report
+from pipelines.score_table import recall_table
 from pipelines.synthetic import CorpusConfig, synthesize
 from pipelines.tracking import EXPERIMENT, Tracker
 from pipelines.train import FitResult, TrainingFailed, fit

@@ -144,7 +144,7 @@ def remarks(comparison: Comparison) -> list[str]:
 
 def table_text(comparison: Comparison, terminal: bool | None = None) -> str:
     """The comparison for standard output: in colour and fitted where that is a terminal, else plain and unbroken."""
-    terminal = sys.stdout.isatty() if terminal is None else terminal
+    terminal = bool(sys.__stdout__ and sys.__stdout__.isatty()) if terminal is None else terminal  # results go there
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     shown = columns(comparison)
     for column in shown:
