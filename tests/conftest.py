@@ -76,6 +76,7 @@ def s3() -> Iterator[ObjectStore]:
 STARTS_RAY = {"test_capacity", "test_cluster", "test_ingest", "test_submit", "test_sweep", "test_train"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes one gets all that starts Ray, first of all; other files stay whole."""
 

@@ -16,6 +16,8 @@ from ray import tune
 from models.config import InputError
 from pipelines import storage
 from pipelines.config import ExperimentConfig
+from pipelines.loop import planned_samples
+from pipelines.manifest import Manifest
 from pipelines.package import listed_checkpoints
 from pipelines.progress import Event, Listener
 from pipelines.train import Following, TrainingFailed, TrainingLeft, fit
@@ -138,8 +140,9 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not typed
         holds = (self._task.until,) if self._task.until else self._holds
         try:
             if storage.exists(scores):  # the driver was lost between the end of this run and its record
-                last = listed_checkpoints(run)[-1].metrics
-                self._last = (int(last["samples_seen"]), float(last[METRIC]))
+                samples = Manifest.load(storage.join(run, "manifest.parquet")).count
+                value = float(listed_checkpoints(run)[-1].metrics[METRIC])
+                self._last = (planned_samples(experiment, samples), value)
                 return json.loads(storage.read_bytes(scores)), None
             resume = storage.exists(storage.join(run, "config.json"))
             return fit(experiment, resume, Following(listener.mailbox, holds, FATAL_ALARMS)).metrics, None
