@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install demo test test-long check clean
+.PHONY: install demo test test-ray test-plain test-long check clean
 
 install: $(STAMP)
 
@@ -17,9 +17,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(VENV)/bin/python -m pipelines.demo
 
-# Two processes: one has all tests that start Ray (tests/conftest.py), the other the rest, with a thread each.
+# Side by side: tests that start Ray, of which only one should run at a time, and all others, with a thread each.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m 'not slow' -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-ray test-plain
+
+test-ray: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -m 'not slow and ray'
+
+test-plain: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m 'not slow and not ray'
 
 test-long: $(STAMP)
 	$(VENV)/bin/python -m pytest -q

@@ -76,17 +76,11 @@ def s3() -> Iterator[ObjectStore]:
 STARTS_RAY = {"test_capacity", "test_cluster", "test_ingest", "test_submit", "test_sweep", "test_train"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes one gets all that starts Ray, first of all; other files stay whole."""
-
-    def group(item: pytest.Item) -> str:
-        ray = item.path.stem in STARTS_RAY or "ray_local" in getattr(item, "fixturenames", ())
-        return "ray" if ray else item.path.stem
-
-    items.sort(key=lambda item: group(item) != "ray")
+    """Mark what starts Ray, so that `make test` can run it beside the rest."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+        if item.path.stem in STARTS_RAY or "ray_local" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(scope="session")

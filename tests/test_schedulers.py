@@ -12,6 +12,7 @@ from tuning import schedulers
 from tuning.records import METRIC, Protocol, Sweep, Trial
 from tuning.schedulers import TIME, finalists, halving, holds, last_report, remember, rungs, validation_share
 from tuning.slots import DRIVER_CPUS, at_once, data_cpus
+from tuning.space import Dimension
 
 PLANNED = 9000
 
@@ -194,6 +195,21 @@ def test_what_a_trial_will_report_again_is_not_told_for_it():
     remember(scheduler, sweep)
     rung = scheduler._brackets[0]._rungs[-1]
     assert rung == (1000, {"b": 0.3})
+
+
+def test_optuna_goes_on_with_unfinished_trials_before_it_makes_up_others_under_free_ids():
+    from tuning.suggest import Suggestions
+
+    key = "optim.learning_rate"
+    ended = Trial(trial_id="t00", overrides={key: 0.001}, status="finished", curve=[(9000, 0.5)])
+    unfinished = Trial(trial_id="t02", overrides={key: 0.002}, curve=[(1024, 0.1)])
+    sweep, space = make_sweep([ended, unfinished]), {key: Dimension("loguniform", [1e-4, 1e-2])}
+    first, again = (Suggestions(sweep, space) for _ in range(2))
+    tasks = [first.suggest(str(number))["task"] for number in range(3)]
+    assert [task["trial_id"] for task in tasks] == ["t02", "t01", "t03"]
+    assert tasks[0]["overrides"] == {key: 0.002} and tasks[0]["report"] == (1024, 0.1)
+    assert all(1e-4 <= task["overrides"][key] <= 1e-2 for task in tasks) and tasks[1]["report"] is None
+    assert tasks == [again.suggest(str(number))["task"] for number in range(3)], "drawn by the sweep's seed"
 
 
 # Finalists

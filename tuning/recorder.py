@@ -99,6 +99,7 @@ class Recorder:
             if all(trial.trial_id != trial_id for trial in self.sweep.trials):
                 place = f"trials/{trial_id}"
                 self.sweep.trials.append(Trial(trial_id=trial_id, overrides=dict(overrides), run_folder=place))
+                self.sweep.trials.sort(key=lambda trial: (len(trial.trial_id), trial.trial_id))
                 self.save()
 
     def started(self, trial_id: str, seed: int | None) -> None:
@@ -259,6 +260,8 @@ class Recorder:
             for trial_id, child in self._children.items():
                 trial = self.sweep.trial(trial_id)
                 self._clock(trial)
+                if trial.status == "running":
+                    trial.status = "pending"
                 if not child.closing:
                     child.close(MLFLOW.get(trial.status, "KILLED"), trial.status if trial.ended else "interrupted")
             self._wait()

@@ -59,7 +59,8 @@ def tune(request: Request) -> Outcome:
     base = plan.sweep.base.model_copy(update={"compute": compute})
     logger.info("%s: %d trials, %d at once", plan.sweep.name, plan.sweep.trials_planned, count)
     os.environ.update(QUIET)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    for name, level in (("ray.tune", logging.CRITICAL), ("optuna", logging.WARNING)):
+        logging.getLogger(name).setLevel(level)
     recorder = Recorder(plan.sweep, plan.folder, plan.train_manifest)
     runner = _Runner(recorder, base, count)
     status: Status = "FAILED"

@@ -1,5 +1,6 @@
 """Optuna as Ray Tune's searcher: each suggestion is a trial with an id of ours."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ class Suggestions(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
     def __init__(self, sweep: Sweep, space: Space) -> None:
         self._open = [trial for trial in sweep.trials if not trial.ended]
         self._reports = {trial.trial_id: last_report(trial, sweep) for trial in self._open}
-        self._count = len(sweep.trials)
+        self._used = {trial.trial_id for trial in sweep.trials}
         settings = {"metric": METRIC, "mode": "max", "seed": sweep.seed + len(sweep.trials)}
         domains = self.convert_search_space(tune_domains(space))
         super().__init__(domains, points_to_evaluate=[trial.overrides for trial in self._open], **settings)
@@ -33,8 +34,9 @@ class Suggestions(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
         if self._open:
             trial = self._open.pop(0)
             return {"task": Task(trial.trial_id, trial.overrides, report=self._reports[trial.trial_id])._asdict()}
-        self._count += 1
-        return {"task": Task(f"t{self._count - 1:02d}", point)._asdict()}
+        name = next(name for number in count() if (name := f"t{number:02d}") not in self._used)
+        self._used.add(name)
+        return {"task": Task(name, point)._asdict()}
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the record has it all."""
