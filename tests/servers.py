@@ -96,7 +96,7 @@ def postgres() -> Iterator[str]:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             time.sleep(0.1)
-        yield f"postgresql://triptych@127.0.0.1:{port}/postgres"
+        yield f"postgresql+psycopg2://triptych@127.0.0.1:{port}/postgres"
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=30)
