@@ -422,6 +422,7 @@ def in_a_thread(work: Callable[[], Any], seconds: float = 240) -> Any:
     return answers.get(timeout=seconds)
 
 
+@pytest.mark.slow
 def test_a_trial_waits_at_its_holds_leaves_when_told_and_goes_on_without_training_a_sample_twice(
     ray_local, corpus, tmp_path
 ):
