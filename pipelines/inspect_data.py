@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from models.pictures import Refused, decoding, open_picture
 from pipelines import storage
 from pipelines.config import PairsConfig
 from pipelines.ledger import LEDGER, ledger_rows, reasons_of
 from pipelines.manifest import FILE_NAME, Manifest, build_manifest
-from pipelines.pictures import Refused, decoding, open_picture
 from pipelines.plan import bundle
 from pipelines.reader import read_units
 from pipelines.stages import Columns, PrepareSettings, prepare_eval

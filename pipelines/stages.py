@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from models import draws
+from models.pictures import Opened, Refused, decoding, open_picture, whole
 from models.preprocess import CaptionTokenizer, clean_caption
 from pipelines.config import ExperimentConfig, PairsConfig
-from pipelines.pictures import DRAWS, Opened, Refused, crop_twice, decoding, draw_boxes, open_picture, whole
+from pipelines.crops import DRAWS, crop_twice, draw_boxes
 from pipelines.units import Sample
 
 Columns = dict[str, np.ndarray]

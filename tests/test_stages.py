@@ -7,11 +7,12 @@ import pytest
 from conftest import encoded, jpeg
 from PIL import Image
 
-from models import draws
+from models import draws, pictures
+from models.pictures import FORMATS, Refused, open_picture
 from models.preprocess import CaptionTokenizer, clean_caption, resize_for_eval, train_tokenizer
-from pipelines import pictures
+from pipelines import crops
 from pipelines.config import ExperimentConfig, PairsConfig
-from pipelines.pictures import DRAWS, FORMATS, Refused, draw_boxes, open_picture
+from pipelines.crops import DRAWS, draw_boxes
 from pipelines.stages import PrepareSettings, prepare_eval, prepare_train
 from pipelines.units import Sample
 
@@ -132,8 +133,8 @@ def test_without_augmentation_both_views_are_the_whole_picture():
 def test_large_jpegs_are_decoded_small_and_look_the_same(monkeypatch):
     data = encoded(gradient(width=1200, height=900), "JPEG", quality=95)
     decoded = []
-    real = pictures.to_rgb
-    monkeypatch.setattr(pictures, "to_rgb", lambda image: decoded.append(image.size) or real(image))
+    real = crops.to_rgb
+    monkeypatch.setattr(crops, "to_rgb", lambda image: decoded.append(image.size) or real(image))
     views = prepare_train([sample(data)], settings_of(augment="none"), 0)["views"][0]
     assert decoded == [(150, 113)]  # an eighth
     assert np.abs(views[0].astype(int) - resize_for_eval(gradient(width=1200, height=900), SIZE)).max() < 12

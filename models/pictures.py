@@ -1,0 +1,94 @@
+"""Encoded pictures to pixels: limits before decoding, the whole picture as evaluation and serving see it.
+
+Axes: S side of the result.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from models.preprocess import resize_for_eval
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""Decoders that may be run on a stranger's bytes; Pillow has others that start programs."""
+_ORIENTATION = 0x0112
+
+
+@dataclass
+class Opened:
+    """A picture whose header has been read."""
+
+    image: Image.Image
+    size: tuple[int, int]
+    """(width, height) as it is looked at, EXIF orientation applied."""
+    turned: bool
+    """Whether orientation swaps width and height."""
+
+
+class Refused(Exception):
+    """A picture that is skipped: args are (reason, detail)."""
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Around opening and decoding: our own limit on pixels counts, Pillow's warnings about damage are not shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def open_picture(data: bytes, max_pixels: int, min_side: int) -> Opened:
+    """Read a picture's header. Raises Refused: unreadable, too_large (before anything is decoded), too_small."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise Refused("too_large", str(error)) from error
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise Refused("unreadable", why(error, data)) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise Refused("too_large", f"{width} x {height} pixels, more than {max_pixels}")
+    if min(width, height) < min_side:
+        raise Refused("too_small", f"{width} x {height} pixels, the shorter side is less than {min_side}")
+    turned = _is_turned(image)
+    return Opened(image, (height, width) if turned else (width, height), turned)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    if image.format == "PNG" and "exif" not in image.info:
+        return False  # Pillow would decode the whole picture to look behind its pixels
+    try:
+        return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # damaged EXIF raises nearly anything; the picture itself is still good
+        return False
+
+
+def why(error: Exception, data: bytes) -> str:
+    """What a decoder's error says of the bytes."""
+    if not data:
+        return "no bytes"
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a picture of a known format, begins with {data[:16]!r}"
+    return f"{type(error).__name__}: {error}"
+
+
+def whole(picture: Opened, out: np.ndarray) -> None:
+    """Decode and write the whole picture into `out`, uint8 (S, S, 3), exactly as serving does. Raises Refused."""
+    try:
+        picture.image.load()  # raises on damage, also where a look at EXIF data would hide it
+        out[:] = resize_for_eval(picture.image, out.shape[0])
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise Refused("unreadable", why(error, b"?")) from error
