@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from models import draws
 from models.config import EncoderConfig, InputError
 from models.encoders import DualEncoder, Heads
-from models.preprocess import CaptionTokenizer, PreprocessorConfig, normalize
+from models.normalize import normalize
+from models.preprocess import CaptionTokenizer, PreprocessorConfig
 
 FILES = "files.json"
 PACKAGE_FORMAT = "triptych-package-1"

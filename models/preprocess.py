@@ -1,7 +1,8 @@
-"""The one home of preprocessing: caption clean-up, tokenising, evaluation resize and normalise.
+"""The one home of preprocessing: caption clean-up, tokenising, evaluation resize, and what normalising takes out.
 
 Training, validation, embedding and serving all come here, so that none of them sees another input. Behaviour follows
-TCL (arXiv 2202.10401) and its reference implementation; the tokeniser is in `models/tokens.py`.
+TCL (arXiv 2202.10401) and its reference implementation; the tokeniser is in `models/tokens.py`. Nothing here imports
+torch, whose part, normalising on the model's device, is in `models/normalize.py`: a gateway does without.
 """
 
 import json
@@ -9,11 +10,8 @@ import re
 from typing import Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
 from PIL import Image
 from pydantic import PositiveInt
-from torch import Tensor
 
 from models.config import Config, InputError
 from models.tokens import CaptionTokenizer, load_tokenizer, train_tokenizer
@@ -26,8 +24,6 @@ __all__ = [
     "clean_caption",
     "clean_question",
     "load_tokenizer",
-    "normalize",
-    "normalize_levels",
     "resize_for_eval",
     "to_rgb",
     "train_tokenizer",
@@ -101,22 +97,6 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 def resize_for_eval(image: Image.Image, size: int) -> np.ndarray:
     """The whole picture as uint8 (size, size, 3): bicubic, the aspect is not kept."""
     return np.array(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def normalize(
-    pixels: UInt8[Tensor, "B S S 3"], mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
-) -> Float[Tensor, "B 3 S S"]:
-    """Model input: channels first, 0..1, then `mean` and `std` of each channel taken out."""
-    return normalize_levels(pixels.permute(0, 3, 1, 2).contiguous().float(), mean, std)
-
-
-def normalize_levels(
-    levels: Float[Tensor, "B 3 S S"], mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
-) -> Float[Tensor, "B 3 S S"]:
-    """The same from levels 0..255 that are channels first already."""
-    centre = 255 * torch.tensor(mean, device=levels.device)[:, None, None]
-    spread = 255 * torch.tensor(std, device=levels.device)[:, None, None]
-    return (levels - centre).div_(spread)
 
 
 class PreprocessorConfig(Config):

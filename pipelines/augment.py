@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from models.draws import COLOUR, uniform
-from models.preprocess import normalize_levels
+from models.normalize import normalize_levels
 
 JITTER, GRAY, BLUR, FLIP, RANDOM_OPERATION = 0.8, 0.2, 0.5, 0.5, 0.5
 """Probabilities."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from models.checkpoint import PACKAGE_FORMAT, Package, load_package
 from models.config import InputError
 from models.metrics import Relevance, recall_from_features
-from models.preprocess import normalize
+from models.normalize import normalize
 from pipelines import cluster, storage
 from pipelines.config import ExperimentConfig
 from pipelines.ingest import PrepareSettings, eval_batches

@@ -10,7 +10,8 @@ from models.draws import hash64
 from models.encoders import DualEncoder
 from models.gather import Workers
 from models.metrics import Relevance, recall_from_features
-from models.preprocess import CaptionTokenizer, normalize
+from models.normalize import normalize
+from models.preprocess import CaptionTokenizer
 from pipelines.config import ExperimentConfig
 from pipelines.ingest import PrepareSettings, eval_batches
 from pipelines.manifest import Manifest, Unit

@@ -9,7 +9,8 @@ from conftest import make_pairs, write_parquet_pairs
 from models.checkpoint import load_package, save_package, write_files_json
 from models.config import EncoderConfig
 from models.encoders import DualEncoder, Heads, resolve
-from models.preprocess import CaptionTokenizer, PreprocessorConfig, normalize, train_tokenizer
+from models.normalize import normalize
+from models.preprocess import CaptionTokenizer, PreprocessorConfig, train_tokenizer
 from pipelines.config import ExperimentConfig
 from pipelines.evaluate import score
 from pipelines.ingest import PrepareSettings

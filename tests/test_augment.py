@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from models.draws import hash64
-from models.preprocess import normalize
+from models.normalize import normalize
 from pipelines import augment as ops
 
 SIZE = 32

@@ -8,7 +8,8 @@ from models.checkpoint import Package
 from models.config import EncoderConfig, InputError
 from models.encoders import DualEncoder, Heads, resolve
 from models.metrics import retrieval_recall
-from models.preprocess import CaptionTokenizer, PreprocessorConfig, normalize, train_tokenizer
+from models.normalize import normalize
+from models.preprocess import CaptionTokenizer, PreprocessorConfig, train_tokenizer
 from pipelines import rerank as rerank_module
 from pipelines.evaluate import encode, score, two_stage_scores
 from pipelines.rerank import UNRANKED, Gallery, Tokens, rerank

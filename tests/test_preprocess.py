@@ -12,6 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from models.config import InputError
+from models.normalize import normalize
 from models.preprocess import (
     MEAN,
     STD,
@@ -20,7 +21,6 @@ from models.preprocess import (
     clean_caption,
     clean_question,
     load_tokenizer,
-    normalize,
     resize_for_eval,
     to_rgb,
     train_tokenizer,
