@@ -103,11 +103,15 @@ class CaptionTokenizer:
         """Ids int32 and mask uint8 (1 = real), both (captions, max_tokens); `[CLS]` counts."""
         ids = np.full((len(captions), max_tokens), self.pad_id, np.int32)
         mask = np.zeros((len(captions), max_tokens), np.uint8)
-        for row, encoding in enumerate(self._tokenizer.encode_batch(list(captions))):
-            tokens = encoding.ids[:max_tokens]
+        for row, tokens in enumerate(self.encode_rows(captions, max_tokens)):
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         return ids, mask
+
+    def encode_rows(self, captions: list[str], max_tokens: int) -> list[np.ndarray]:
+        """Ids int32 (tokens,) of each caption, cut to `max_tokens` and not padded; `[CLS]` counts."""
+        encodings = self._tokenizer.encode_batch_fast(list(captions))
+        return [np.array(encoding.ids[:max_tokens], np.int32) for encoding in encodings]
 
 
 def _read_roles(tree: dict[str, Any]) -> dict[str, int] | None:

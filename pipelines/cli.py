@@ -1,34 +1,18 @@
 """The `triptych` command. Each command imports what it needs when it runs, so that `--help` is instant."""
 
-import argparse
 import contextlib
 import json
-import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING
 
 from models.config import InputError
+from pipelines.cli_serving import embed, index, serve
+from pipelines.console import DONE, FAILED, RESULTS, USAGE, Parser, complain, log_to_stderr, say
 from pipelines.flags import UsageError, flag_help, parse_flags
 
 if TYPE_CHECKING:
     from pipelines.config import ExperimentConfig
-
-DONE, FAILED, USAGE = 0, 1, 2
-RESULTS: list[TextIO] = []
-"""Standard output as it was when the command began."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and which takes no shortened options."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options | {"allow_abbrev": False})
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UsageError with the line."""
-        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,24 +26,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    _log_to_stderr()
+    log_to_stderr()
     if not words or words[0] in ("-h", "--help"):
-        _print(USAGE_TEXT)
+        say(USAGE_TEXT)
         return DONE if words else USAGE
     try:
         if words[0] not in COMMANDS:
             raise UsageError(f"unknown command {words[0]!r}; one of {', '.join(COMMANDS)}")
         return COMMANDS[words[0]](words[1:])
     except UsageError as error:
-        return _complain(error, USAGE)
+        return complain(error, USAGE)
     except InputError as error:
-        return _complain(error, FAILED)
+        return complain(error, FAILED)
     except KeyboardInterrupt:
-        return _complain("stopped", 130)
+        return complain("stopped", 130)
     except RuntimeError as error:
         if type(error).__name__ != "TrainingFailed":  # imported by the train command only
             raise
-        return _complain(error, FAILED)
+        return complain(error, FAILED)
 
 
 def train(words: Sequence[str]) -> int:
@@ -73,8 +57,8 @@ def train(words: Sequence[str]) -> int:
     from pipelines.train import fit
 
     result = fit(experiment, resume)
-    _print(recall_table(result.metrics))
-    _print(f"run folder: {result.run_folder}\nMLflow run: {result.mlflow_run_id}")
+    say(recall_table(result.metrics))
+    say(f"run folder: {result.run_folder}\nMLflow run: {result.mlflow_run_id}")
     return DONE
 
 
@@ -106,7 +90,7 @@ def tune(words: Sequence[str]) -> int:
     from tuning.search import tune as run_sweep
 
     outcome = run_sweep(Request(base=base, **vars(options)))
-    _print(outcome.text)
+    say(outcome.text)
     return DONE
 
 
@@ -120,9 +104,9 @@ def compare(words: Sequence[str]) -> int:
     from tuning.comparison import compare_runs
 
     outcome = compare_runs(options.paths, options.out)
-    _print(outcome.text)
+    say(outcome.text)
     if outcome.report:
-        _print(f"report: {outcome.report}")
+        say(f"report: {outcome.report}")
     return DONE
 
 
@@ -136,9 +120,11 @@ def promote(words: Sequence[str]) -> int:
     parser.add_argument("--allow-worse", action="store_true", help="also where the champion scores better")
     options = parser.parse_args(words)
 
+    from serving.smoke import served_vectors
     from tuning.promote import promote as promote_model
 
-    _print(promote_model(options.model, options.name, options.data, options.index, options.allow_worse).text())
+    gate = options.data, options.index, options.allow_worse, served_vectors
+    say(promote_model(options.model, options.name, *gate).text())
     return DONE
 
 
@@ -150,7 +136,7 @@ def rollback(words: Sequence[str]) -> int:
 
     from tuning.promote import rollback as roll_back
 
-    _print(roll_back(options.name).text())
+    say(roll_back(options.name).text())
     return DONE
 
 
@@ -159,12 +145,12 @@ def _preset(command: str, words: Sequence[str], text: str) -> "ExperimentConfig 
     from pipelines.config import PRESETS
 
     if not words or words[0] in ("-h", "--help"):
-        _print(f"{text}\n\npresets: {' '.join(PRESETS)}\n\n`triptych {command} PRESET --help` lists every flag")
+        say(f"{text}\n\npresets: {' '.join(PRESETS)}\n\n`triptych {command} PRESET --help` lists every flag")
         return None
     if words[0] not in PRESETS:
         raise UsageError(f"unknown preset {words[0]!r}; one of {', '.join(PRESETS)}")
     if "-h" in words or "--help" in words:
-        _print(f"{text}\n{flag_help(PRESETS[words[0]])}")
+        say(f"{text}\n{flag_help(PRESETS[words[0]])}")
         return None
     return PRESETS[words[0]]
 
@@ -192,7 +178,7 @@ def evaluate(words: Sequence[str]) -> int:
     metrics = evaluate_model(options.model, options.data, options.rerank_top)
     if options.json:
         write_bytes(options.json, json.dumps(metrics, indent=1).encode())
-    _print(recall_table(metrics))
+    say(recall_table(metrics))
     return DONE
 
 
@@ -223,18 +209,18 @@ def data(words: Sequence[str]) -> int:
         from pipelines.synthetic import synthesize
 
         counts = synthesize(options.pop("out"), **options)
-        _print("\n".join(f"{split}  {count:,} pairs" for split, count in counts.items()))
+        say("\n".join(f"{split}  {count:,} pairs" for split, count in counts.items()))
         return DONE
     from pipelines.inspect_data import index, lint, stats
 
-    _print({"index": index, "lint": lint, "stats": stats}[command](options["uri"]))
+    say({"index": index, "lint": lint, "stats": stats}[command](options["uri"]))
     return DONE
 
 
 def submit(words: Sequence[str]) -> int:
     """triptych submit COMMAND...: run a triptych command as a job on the cluster of RAY_ADDRESS."""
     if not words or words[0] in ("-h", "--help"):
-        _print(submit.__doc__ or "")
+        say(submit.__doc__ or "")
         return DONE if words else USAGE
     from pipelines.submit import submit as submit_job
 
@@ -249,6 +235,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "promote": promote,
     "rollback": rollback,
+    "embed": embed,
+    "index": index,
+    "serve": serve,
     "submit": submit,
 }
 
@@ -260,30 +249,12 @@ USAGE_TEXT = """usage: triptych COMMAND ...
   compare SWEEP|RUN ...   rank runs with errors; table and report
   evaluate MODEL ...      retrieval recall on a held-out split
   promote RUN|SWEEP ...   gate, registry, alias champion    rollback --name NAME        the champion before
+  embed MODEL ...         a corpus to vectors               index VECTORS ...           vectors to an index
+  serve MODEL ...         embeddings and search over HTTP, and a page to try them
   submit COMMAND...       run any of these as a job on a Ray cluster
 
 MODEL is a run folder, a checkpoint, an encoder package or models:/NAME@ALIAS.
 `triptych COMMAND --help` says more. Paths are local or URLs (s3://, gs://, file://)."""
-
-
-def _print(text: str) -> None:
-    RESULTS[-1].write(text.rstrip("\n") + "\n")
-    RESULTS[-1].flush()
-
-
-def _complain(error: object, code: int) -> int:
-    line = (str(error) or repr(error)).splitlines()[0]
-    sys.stderr.write(f"triptych: {line}\n")
-    return code
-
-
-def _log_to_stderr() -> None:
-    """Our own progress on standard error, everybody else's warnings only."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for name in ("models", "pipelines", "tuning", "serving"):
-        logging.getLogger(name).setLevel(os.environ.get("TRIPTYCH_LOG_LEVEL", "INFO"))
 
 
 if __name__ == "__main__":

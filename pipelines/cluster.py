@@ -42,8 +42,8 @@ SETTINGS = {
 """Environment of driver and workers; whatever the user has set stays."""
 
 
-def connect() -> None:
-    """Join the cluster of RAY_ADDRESS, or start Ray on this machine; does nothing where Ray runs already.
+def connect(dashboard: bool = True) -> None:
+    """Join the cluster of RAY_ADDRESS, or start Ray on this machine, on loopback; does nothing where Ray runs already.
 
     Raises InputError where the cluster does not answer.
     """
@@ -61,9 +61,13 @@ def connect() -> None:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"RAY_ADDRESS {address}: no Ray cluster answers there ({_first_line(error)})") from error
         return
+    cpus = max(os.cpu_count() or 1, 2)
+    if not dashboard:
+        ray.init(num_cpus=cpus, include_dashboard=False, **options)
+        return
     port = _free_port()
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"  # or a second Ray here would be asked instead
-    ray.init(num_cpus=max(os.cpu_count() or 1, 2), dashboard_host="127.0.0.1", dashboard_port=port, **options)
+    ray.init(num_cpus=cpus, dashboard_host="127.0.0.1", dashboard_port=port, **options)
 
 
 def _runtime_env() -> dict[str, object] | None:

@@ -28,6 +28,8 @@ class DoorConfig(Config):
     """Most documents of a re-rank request."""
     max_requests: PositiveInt = 1024
     """Most requests that one gateway holds at once; more get 429 before their body is read."""
+    max_held_mib: PositiveFloat = 256
+    """Most bytes of bodies that one gateway holds at once, MiB; a request that would be more gets 429."""
     deadline: PositiveFloat = 30
     """Seconds after which a request is given up with 504."""
     body_seconds: PositiveFloat = 20
