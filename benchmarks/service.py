@@ -84,9 +84,9 @@ def _process(command: list[str], sign: str, environment: Mapping[str, str] | Non
 
 
 @contextmanager
-def server(command: list[str], port: int) -> Iterator[Service]:
-    """Any HTTP server that writes "Uvicorn running" when it listens."""
-    with _process(command, "INFO:     Uvicorn running", None) as process:
+def server(command: list[str], port: int, sign: str) -> Iterator[Service]:
+    """Any HTTP server that writes a line beginning with `sign` to standard error once it listens."""
+    with _process(command, sign, None) as process:
         yield Service(process, f"http://127.0.0.1:{port}")
 
 

@@ -27,14 +27,7 @@ def read_image(uri: str, image_column: str = "image") -> bytes:
     for file, member in _splits(uri):
         if storage.exists(file):
             return _from_archive(file, member)
-    try:
-        return storage.read_bytes(uri)
-    except storage.Unavailable:
-        raise
-    except InputError:
-        if ".tar#" in uri and "://" not in uri:
-            raise InputError(f"{uri}: no such archive; check the path") from None
-        raise
+    return storage.read_bytes(uri)
 
 
 def _splits(uri: str) -> Iterator[tuple[str, str]]:

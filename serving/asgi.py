@@ -40,7 +40,7 @@ def read_head(scope: Scope) -> Head:
         elif name == b"authorization":
             found.authorization = value
         elif name == b"x-triptych-version":
-            found.version = value.decode("latin-1")
+            found.version = value.decode("latin-1") or None
         elif name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             found.request_id = value
     found.request_id = found.request_id or uuid.uuid4().hex.encode()

@@ -93,7 +93,14 @@ def cold_app(desk: Desk, metrics: Metrics, config: DoorConfig, keyed: bool) -> F
     _declare_hot(app)
     _add_models(app, desk)
     _add_health(app, desk, metrics)
-    _complete(app.openapi(), config, keyed)
+
+    def document() -> dict[str, Any]:
+        """Made when it is first asked for."""
+        if app.openapi_schema is None:
+            _complete(FastAPI.openapi(app), config, keyed)
+        return app.openapi_schema or {}
+
+    app.openapi = document  # type: ignore[method-assign]
     return app
 
 

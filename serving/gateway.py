@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import time
 import uuid
 from collections import Counter
@@ -26,6 +25,7 @@ from serving.keys import read_keys
 from serving.metrics import Metrics
 from serving.packages import Wanted
 from serving.parts import Description, ModelSet, Overloaded
+from serving.ports import shared_socket
 from serving.rollout import Orders, Report
 from serving.sets import HandleSet, open_set
 
@@ -186,14 +186,3 @@ def _make_metrics_folder() -> None:
     for file in folder.glob("gauge_live*_*.db"):
         if not Path(f"/proc/{file.stem.rpartition('_')[2]}").exists():
             file.unlink(missing_ok=True)
-
-
-def shared_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to an address that other gateways of this machine are bound to as well."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio sets TCP_NODELAY only then; without it small replies wait 40 ms.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    bound.bind((host, port))
-    return bound

@@ -17,9 +17,10 @@ from urllib.request import urlopen
 from models.config import InputError
 from serving import packages
 from serving.config import ServingConfig
+from serving.ports import shared_socket
 
 logger = logging.getLogger(__name__)
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # or replicas starve beside any other process
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "OMP_WAIT_POLICY": "PASSIVE",  # threads of a forward pass must not spin on cores that others need
@@ -43,8 +44,12 @@ def running(config: ServingConfig, start_seconds: float = 600) -> Iterator[str]:
 
     Raises InputError where it cannot listen, its model cannot be loaded, or it is not ready in time.
     """
-    _require_free(config.host, config.port)
-    for name, value in _ENVIRONMENT.items():
+    with _holding(config.host, config.port):
+        yield from _running(config, start_seconds)
+
+
+def _running(config: ServingConfig, start_seconds: float) -> Iterator[str]:
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from ray import serve
 
@@ -135,17 +140,24 @@ def _drain(config: ServingConfig) -> None:
         time.sleep(_STEP)
 
 
-def _require_free(host: str, port: int) -> None:
-    """Gateways share their port, so somebody else's use of it would not show: it is looked at before."""
+@contextmanager
+def _holding(host: str, port: int) -> Iterator[None]:
+    """Keeps the port for the gateways, which share it; raises InputError where somebody else has it.
+
+    The socket never listens, so it takes no connection, but no other program can bind the port meanwhile.
+    """
     try:
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
     except ValueError:
         raise InputError(f"--host {host}: give an address such as 127.0.0.1 or 0.0.0.0") from None
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family) as probe:  # sharing would hide that another service is there
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError as error:
-            raise InputError(
-                f"--host {host} --port {port}: {(error.strerror or 'refused').lower()}; choose another"
-            ) from error
+        held = shared_socket(host, port)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: {(error.strerror or 'refused').lower()}; choose another"
+        ) from error
+    with held:
+        yield

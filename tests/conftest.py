@@ -24,6 +24,7 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_num_workers_soft_limit": "6",  # processes that are kept when idle: a new one takes seconds
+    "RAY_worker_niceness": "0",  # Ray's own 15 lets whatever else runs here go first: under load its tests crawl
     "TOKENIZERS_PARALLELISM": "false",
 }
 _AWS = {
@@ -94,6 +95,16 @@ def ray_local(s3: ObjectStore) -> Iterator[None]:
         ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False, logging_level="warning")
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow file without a run: a copy spares a test the seconds that its tables take."""
+    from mlflow.tracking import MlflowClient
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
 
 
 def jpeg(seed: int, width: int = 32, height: int = 32, **options: Any) -> bytes:

@@ -17,7 +17,7 @@ from serving.door import Door
 from serving.keys import Keys
 
 try:
-    from playwright.sync_api import Browser, Page, sync_playwright
+    from playwright.sync_api import Browser, Page, expect, sync_playwright
 except ImportError:
     if os.environ.get("TRIPTYCH_REQUIRE_BROWSER"):
         raise
@@ -119,6 +119,7 @@ class Visit:
 def browser() -> Iterator[Browser]:
     """One for all tests; stopped with the module, for its event loop would disturb others."""
     path = chromium()
+    expect.set_options(timeout=10_000)
     with sync_playwright() as playwright:
         arguments = ["--disable-gpu", "--in-process-gpu"] + (["--no-sandbox"] if os.geteuid() == 0 else [])
         yield playwright.chromium.launch(executable_path=path, args=arguments)

@@ -2,30 +2,40 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray.train
 
 from models.checkpoint import FILES, load_package, verify_files
 from models.config import InputError
+from pipelines import storage
+from pipelines import train as training
 from pipelines.cli import main
 from pipelines.config import PRESETS, ExperimentConfig
 from pipelines.evaluate import evaluate_model
+from pipelines.loop import Job
 from pipelines.manifest import Manifest, build_manifest
 from pipelines.package import best_checkpoint, listed_checkpoints, local_copy
 from pipelines.synthetic import synthesize
 from pipelines.train import FitResult, fit
 
 PAIRS = 240
-EPOCHS = 6
+EPOCHS = 2
+LAST_STEP = 12  # of the worker that is killed: the first checkpoint is at step 8, the next at 16
 KILLED = {"name": "killed", "compute.workers": 2, "optim.epochs": EPOCHS, "optim.batch_size": 16}
+ROOT = Path(__file__).parent.parent
 SMALL = {
     "optim.min_samples": 0,
     "optim.batch_size": 32,
@@ -47,10 +57,11 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_folder(tmp_path_factory):
-    """MLflow's default file lands in a folder of the module's own."""
+def own_folder(tmp_path_factory, empty_mlflow):
+    """MLflow's default file lies in a folder of the module's own."""
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("cwd"))
+    shutil.copy(empty_mlflow, "mlflow.db")
     yield
     os.chdir(before)
 
@@ -60,31 +71,31 @@ def experiment(preset: str, corpus: Path | str, out: Path | str, **changes: obje
     return PRESETS[preset].override(SMALL | paths | changes)
 
 
-def kill_one_worker_after_a_checkpoint(run: Path) -> tuple[threading.Thread, list[int]]:
-    """Sends SIGKILL to one training worker as soon as the run has registered a checkpoint; notes its process id."""
-    killed: list[int] = []
+def worker_that_kills(run: str, step: int, driver: int = 0) -> Callable[[Job], Any]:
+    """A worker's work, but at the end of this step its last rank sends SIGKILL to itself, or to the driver's group.
 
-    def work() -> None:
-        deadline = time.monotonic() + 150
-        while time.monotonic() < deadline and not listed_checkpoints(str(run)):
-            time.sleep(0.05)
-        victim = ray_processes("RayTrainWorker")[-1]
-        os.kill(victim, signal.SIGKILL)
-        killed.append(victim)
+    It first waits for the run's first checkpoint, and a worker that starts from one kills nobody. So the steps since
+    then are always lost, however busy the machine is.
+    """
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread, killed
+    def work(job: Job) -> Any:
+        from pipelines import loop
 
+        class Killing(loop.Run):
+            def _step(self, rows, counts):
+                super()._step(rows, counts)
+                if self.progress.step == step and self.workers.rank == self.workers.world_size - 1:
+                    while not listed_checkpoints(run):
+                        time.sleep(0.05)
+                    if driver:
+                        os.killpg(driver, signal.SIGKILL)
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-def ray_processes(kind: str) -> list[int]:
-    """Ids of the Ray processes of one kind that descend from this one (other Rays on the machine are left alone)."""
-    listing = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    table = [(int(line.split()[0]), int(line.split()[1]), line) for line in listing.splitlines()]
-    family = {os.getpid()}
-    for _ in range(5):
-        family |= {pid for pid, parent, _ in table if parent in family}
-    return [pid for pid, _, line in table if pid in family and f"ray::{kind}" in line]
+        if ray.train.get_checkpoint() is None:
+            loop.Run = Killing
+        return loop.train_worker(job)
+
+    return work
 
 
 def trained_ids(run: str) -> Counter:
@@ -107,11 +118,9 @@ def expected_ids(run: str, epochs: int) -> set[tuple[int, str]]:
 def finished(ray_local, corpus, tmp_path_factory) -> FitResult:
     """Epochs of `both-tiny` on two workers, one of which is killed on the way."""
     out = tmp_path_factory.mktemp("out")
-    killer, killed = kill_one_worker_after_a_checkpoint(out / "killed")
-    result = fit(experiment("both-tiny", corpus, out, **KILLED))
-    killer.join()
-    assert len(killed) == 1
-    return result
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_worker", worker_that_kills(str(out / "killed"), LAST_STEP))
+        return fit(experiment("both-tiny", corpus, out, **KILLED))
 
 
 def test_a_killed_worker_costs_no_sample_and_none_is_trained_twice(finished):
@@ -119,7 +128,9 @@ def test_a_killed_worker_costs_no_sample_and_none_is_trained_twice(finished):
     assert set(counts) == expected_ids(finished.run_folder, EPOCHS)
     assert set(counts.values()) == {1}
     steps = [event["step"] for event in finished.history if event["kind"] == "step"]
-    assert len(steps) > len(set(steps)), "the killed worker's work was done again, so some steps were reported twice"
+    (checkpoint, *_) = [event["step"] for event in finished.history if event["kind"] == "validation"]
+    assert [pair for pair in pairwise(steps) if pair[1] != pair[0] + 1] == [(LAST_STEP, checkpoint + 1)]
+    assert checkpoint < LAST_STEP < steps[-1], "steps since the checkpoint were done again, and no others"
 
 
 def test_skipped_samples_are_in_the_ledger_with_their_reason(finished):
@@ -209,43 +220,42 @@ def test_an_existing_run_is_refused_and_a_damaged_checkpoint_named(finished, cor
         weights.write_bytes(whole)
 
 
-def test_s3_gives_the_same_sample_ids_as_the_local_folder(ray_local, s3, corpus):
+KILLED_DRIVER = """
+import os, sys
+from pipelines import train
+from pipelines.cli import main
+from test_train import worker_that_kills
+run, step, *words = sys.argv[1:]
+train.train_worker = worker_that_kills(run, int(step), os.getpid())
+main(words)
+"""
+
+
+def test_a_killed_driver_goes_on_by_hand_from_a_bucket_with_another_number_of_workers(ray_local, s3, corpus):
+    """The driver dies with its Ray; data, checkpoints and package are in the bucket alone."""
     bucket = s3.bucket()
-    for split in ("train", "val"):
-        for file in (corpus / split).iterdir():
-            from pipelines import storage
-
-            storage.write_bytes(f"{bucket}/data/{split}/{file.name}", file.read_bytes())
-    result = fit(experiment("clip-tiny", f"{bucket}/data", f"{bucket}/runs", name="s3", **{"optim.epochs": 1}))
-    assert result.run_folder == f"{bucket}/runs/s3"
-    counts = trained_ids(result.run_folder)
-    local = build_manifest(f"{corpus}/train", PRESETS["clip-tiny"].pairs)
-    remote = Manifest.load(f"{result.run_folder}/manifest.parquet")
-    assert [(u.unit, u.first, u.count) for u in remote.units] == [(u.unit, u.first, u.count) for u in local.units]
-    assert set(counts) == expected_ids(result.run_folder, epochs=1) and set(counts.values()) == {1}
-    assert set(evaluate_model(result.run_folder, f"{bucket}/data/val")) >= {"image_retrieval_recall_at_1"}
-
-
-def test_a_killed_driver_goes_on_by_hand_with_another_number_of_workers(corpus, tmp_path):
-    command = [sys.executable, "-m", "pipelines.cli", "train", "clip-tiny", "--train-data", f"{corpus}/train"]
-    command += ["--val-data", f"{corpus}/val", "--out", str(tmp_path), "--name", "by-hand", "--optim.epochs", "8"]
-    command += ["--optim.batch-size", "8", "--checkpoints.every", "0.1", "--pairs.record-ids"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "RAY_TMPDIR": "/tmp"}
+    storage.upload(str(corpus), f"{bucket}/data")
+    run = f"{bucket}/runs/by-hand"
+    words = train_words(f"{bucket}/data/train", f"{bucket}/data/val", f"{bucket}/runs", preset="clip-tiny")
+    words += ["--name", "by-hand", "--optim.epochs", "2", "--optim.batch-size", "16", "--checkpoints.every", "0.25"]
+    words += ["--pairs.record-ids"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "RAY_TMPDIR": "/tmp"}
     environment.pop("RAY_ADDRESS", None)
-    run = str(tmp_path / "by-hand")
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as driver:
-        deadline = time.monotonic() + 200
-        while not listed_checkpoints(run) and driver.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert driver.poll() is None, "the run ended before it could be killed"
-        os.killpg(driver.pid, signal.SIGKILL)
-    before = json.loads(Path(listed_checkpoints(run)[-1].uri, "state", "counters.json").read_text())["progress"]["seen"]
-    again = [*command, "--resume", "--compute.workers", "2"]
-    finished = subprocess.run(again, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
-    assert finished.returncode == 0, finished.stderr
-    assert 0 < before < 8 * PAIRS
+    program = [sys.executable, "-c", KILLED_DRIVER, run, "12", *words]
+    with subprocess.Popen(program, env=environment, start_new_session=True) as driver:
+        assert driver.wait(250) == -signal.SIGKILL
+    with local_copy(listed_checkpoints(run)[-1].uri) as folder:
+        seen = json.loads((folder / "state" / "counters.json").read_text())["progress"]["seen"]
+    assert seen == 8 * 16 and not storage.exists(f"{run}/metrics.json")
+    assert main([*words, "--resume", "--compute.workers", "2"]) == 0
     counts = trained_ids(run)
-    assert set(counts) == expected_ids(run, epochs=8) and set(counts.values()) == {1}
+    assert set(counts) == expected_ids(run, epochs=2) and set(counts.values()) == {1}
+    here = build_manifest(f"{corpus}/train", PRESETS["clip-tiny"].pairs)
+    there = Manifest.load(f"{run}/manifest.parquet")
+    assert [(u.unit, u.first, u.count) for u in there.units] == [(u.unit, u.first, u.count) for u in here.units]
+    again = evaluate_model(run, f"{bucket}/data/val")
+    stored = json.loads(storage.read_bytes(f"{run}/metrics.json"))
+    assert {f"val/{name}": value for name, value in again.items()} == pytest.approx(stored)
 
 
 def one_line(capsys) -> str:
@@ -324,9 +334,13 @@ def test_a_non_finite_loss_stops_with_its_term(ray_local, corpus, tmp_path, caps
     assert "is not finite" in line and "cma" in line
 
 
-def test_too_many_skipped_samples_stop_the_run_and_say_where_to_look(ray_local, tmp_path, capsys):
+def test_too_many_skipped_samples_stop_the_run_and_say_where_to_look(ray_local, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        training, "ScalingConfig", lambda **_: ray.train.ScalingConfig(num_workers=0)
+    )  # in this process
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where its checkpoint stays
     synthesize(str(tmp_path / "data"), pairs=120, broken=0.4, image_size=32)
     words = train_words(str(tmp_path / "data/train"), str(tmp_path / "data/val"), str(tmp_path / "runs"))
-    assert main([words[0], "clip-tiny", *words[2:], "--optim.epochs", "1"]) == 1
+    assert main([words[0], "clip-tiny", *words[2:], "--optim.epochs", "1", "--compute.threads", "1"]) == 1
     line = one_line(capsys)
     assert "48 of 120 samples were skipped" in line and "triptych data lint" in line

@@ -8,13 +8,16 @@ export const forgetKey = () => sessionStorage.removeItem(KEY);
 
 /** A failure: `title` and `detail` are for the reader, `status` is HTTP's, 0 where there was no answer. */
 export class Failure extends Error {
-  constructor(status, title, detail = "", code = "") {
+  constructor(status, title, detail = "") {
     super(title);
-    Object.assign(this, { status, title, detail, code });
+    Object.assign(this, { status, title, detail });
   }
 }
 
-/** The JSON answer of `path`, the headers that name the version, and the time it took in ms. Throws Failure or AbortError. */
+/**
+ * The JSON answer of `path`, the headers that name the version, and the time it took in ms.
+ * Throws Failure, or AbortError where `signal` ended it.
+ */
 export async function ask(path, { body, version, signal } = {}) {
   const headers = {};
   if (hasKey()) headers.authorization = `Bearer ${sessionStorage.getItem(KEY)}`;
@@ -23,7 +26,8 @@ export async function ask(path, { body, version, signal } = {}) {
   const began = performance.now();
   let reply, text;
   try {
-    reply = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal, cache: "no-store" });
+    const sent = body ? { method: "POST", body: JSON.stringify(body) } : { method: "GET" };
+    reply = await fetch(path, { ...sent, headers, signal, cache: "no-store" });
     text = await reply.text();
   } catch (error) {
     if (signal?.aborted || error.name === "AbortError") throw error;
@@ -31,7 +35,10 @@ export async function ask(path, { body, version, signal } = {}) {
   }
   const data = parsed(text);
   if (!reply.ok) throw inWords(reply, data?.error ?? {}, body);
-  if (data === undefined) throw new Failure(reply.status, "The answer was not understood.", "Something between this page and the service changed it.");
+  if (data === undefined) {
+    const cause = "Something between this page and the service changed it.";
+    throw new Failure(reply.status, "The answer was not understood.", cause);
+  }
   return {
     data,
     model: reply.headers.get("x-triptych-model") ?? "",
@@ -50,21 +57,24 @@ function parsed(text) {
 
 function inWords(reply, error, body) {
   const detail = typeof error.message === "string" ? error.message : "";
-  const [title, said] = TITLES[reply.status]?.({ body, detail, wait: seconds(reply.headers), code: error.code ?? "" }) ??
-    (reply.status >= 500 ? ["Something went wrong in the service.", detail] : ["The service refused this request.", detail]);
-  return new Failure(reply.status, title, said, error.code ?? "");
+  const { status, headers } = reply;
+  const other = status >= 500 ? "Something went wrong in the service." : "The service refused this request.";
+  const known = TITLES[status]?.({ image: Boolean(body?.image), detail, wait: seconds(headers), code: error.code ?? "" });
+  const [title, said] = known ?? [other, detail];
+  return new Failure(status, title, said);
 }
 
+const again = (wait) => `Try again in ${wait === 1 ? "a second" : `${wait} seconds`}.`;
 const seconds = (headers) => Math.max(1, Math.ceil(Number(headers.get("retry-after")) || 1));
 
 const TITLES = {
-  400: ({ body, detail }) => [body?.image ? "The service cannot use this picture." : "The service cannot answer this.", detail],
+  400: ({ image, detail }) => [`The service cannot ${image ? "use this picture" : "answer this"}.`, detail],
   401: () => [hasKey() ? "The API key was not accepted." : "This service asks for an API key.", ""],
   404: ({ detail, code }) => MISSING[code] ?? ["The service does not have this.", detail],
-  413: ({ body, detail }) => [body?.image ? "This picture is too large for the service." : "This is too large for the service.", detail],
+  413: ({ image, detail }) => [`This ${image ? "picture " : ""}is too large for the service.`, detail],
   422: ({ detail }) => ["The service did not understand the request.", detail],
-  429: ({ wait }) => ["The service is full.", `Try again in ${wait === 1 ? "a second" : `${wait} seconds`}.`],
-  503: ({ wait }) => ["The service is not ready.", `It may still be loading its model. Try again in ${wait === 1 ? "a moment" : `${wait} seconds`}.`],
+  429: ({ wait }) => ["The service is full.", again(wait)],
+  503: ({ wait }) => ["The service is not ready.", `It may still be loading its model. ${again(wait)}`],
   504: () => ["The service took too long.", "It gave this search up. Try again when it is less busy."],
 };
 

@@ -36,10 +36,13 @@ const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
 
 /** [name, value] of all examples of a media type: its own, else its schema's. */
 function examplesOf(document, media) {
-  if (media.examples) return Object.entries(media.examples).map(([name, one]) => [one.summary ?? name, follow(document, one).value]);
+  if (media.examples) {
+    return Object.entries(media.examples).map(([name, one]) => [one.summary ?? name, follow(document, one).value]);
+  }
   if (media.example !== undefined) return [["", media.example]];
   const schema = follow(document, media.schema ?? {});
-  return (schema.examples ?? (schema.example === undefined ? [] : [schema.example])).map((value) => [given(value), value]);
+  const all = schema.examples ?? (schema.example === undefined ? [] : [schema.example]);
+  return all.map((value) => [given(value), value]);
 }
 
 /** What tells one example from the next: the names of its fields. */
@@ -73,7 +76,8 @@ function parameters(document, operation) {
   const all = (operation.parameters ?? []).map((one) => follow(document, one));
   if (!all.length) return [];
   const rows = all.map((one) => {
-    const term = element("dt", "", element("b", "", one.name), element("span", "", `${typeOf(document, one.schema ?? {})}, ${one.in}`));
+    const kind = `${typeOf(document, one.schema ?? {})}, ${one.in}`;
+    const term = element("dt", "", element("b", "", one.name), element("span", "", kind));
     if (one.required) term.append(element("em", "", "required"));
     return element("div", "", term, ...(one.description ? [element("dd", "", ...words(one.description))] : []));
   });
@@ -92,7 +96,8 @@ function request(document, operation) {
 function replies(document, operation) {
   const all = Object.entries(operation.responses ?? {}).map(([status, given]) => {
     const response = follow(document, given);
-    const line = [element("b", status >= "400" ? "bad" : "", status), element("span", "", ...words(response.description ?? ""))];
+    const code = element("b", status >= "400" ? "bad" : "", status);
+    const line = [code, element("span", "", ...words(response.description ?? ""))];
     const inside = Object.entries(response.content ?? {}).flatMap(([type, media]) => [
       ...fieldsOf(document, media.schema ?? {}),
       ...examplesOf(document, media).map(([name, value]) => block(name || `Example, ${type}`, pretty(value))),
@@ -127,9 +132,11 @@ const anchor = (method, path) => `${method}-${path.replace(/[^a-z0-9]+/gi, "-").
 function showDocument(document) {
   find("title").textContent = `${document.info.title} API`;
   find("message").replaceWith(...prose(document.info.description, "lead"));
-  const address = element("dl", "facts", element("dt", "", "Address"), element("dd", "", element("code", "", new URL(".", location.href).href)));
+  const here = element("code", "", new URL(".", location.href).href);
+  const address = element("dl", "facts", element("dt", "", "Address"), element("dd", "", here));
   for (const scheme of Object.values(document.components?.securitySchemes ?? {})) {
-    address.append(element("dt", "", "Key"), element("dd", "", ...words(scheme.description ?? "`Authorization: Bearer KEY`, where the service has keys")));
+    const said = scheme.description ?? "`Authorization: Bearer KEY`";
+    address.append(element("dt", "", "Key"), element("dd", "", ...words(said)));
   }
   find("api").append(address);
   for (const [path, operations] of Object.entries(document.paths)) {

@@ -31,7 +31,7 @@ function turn(changes) {
 }
 
 const asks = ({ text, id, picture }) => Boolean(text || id || picture);
-const served = () => models.find((one) => one.label === state.version) ?? (state.version ? undefined : models.find((one) => one.current));
+const served = () => models.find((one) => (state.version ? one.label === state.version : one.current));
 const modality = ({ picture }) => (picture ? "image" : "text");
 const mayRerank = () => Boolean(served()?.matching) && !state.id && modality(state) !== state.target;
 
@@ -41,8 +41,9 @@ const toItself = () => Boolean(state.id) && state.side === state.target;
 function body() {
   const query = state.id ? { id: state.id, side: state.side }
     : state.picture ? { image: pictures.get(state.picture).url } : { text: state.text };
-  if (state.rerank && mayRerank()) return { ...query, target: state.target, top_k: Math.min(state.count, RERANKED), rerank: true };
-  return { ...query, target: state.target, top_k: state.count + (toItself() ? 1 : 0) };
+  const { target, count } = state;
+  if (state.rerank && mayRerank()) return { ...query, target, top_k: Math.min(count, RERANKED), rerank: true };
+  return { ...query, target, top_k: count + (toItself() ? 1 : 0) };
 }
 
 /** Shows the controls and, where something is asked, its answer; an answer that is overtaken is never shown. */
@@ -56,7 +57,8 @@ async function show() {
   showQuery(described());
   if (state.picture && !pictures.has(state.picture)) {
     showNothing();
-    return showFailure(new Failure(400, "The picture of this search is gone.", "Pictures are kept only while this page is open. Drop or choose it once more."));
+    const advice = "Pictures are kept only while this page is open. Drop or choose it once more.";
+    return showFailure(new Failure(400, "The picture of this search is gone.", advice));
   }
   const mine = (running = new AbortController());
   document.body.classList.add("busy");
@@ -153,7 +155,8 @@ function showRerank() {
   find("rerank-option").hidden = !served()?.matching;
   find("rerank").disabled = !possible;
   find("rerank").checked = state.rerank && possible;
-  find("rerank-note").textContent = possible || !served()?.matching ? "" : state.id ? "not for neighbours" : "only between words and pictures";
+  const reason = state.id ? "not for neighbours" : "only between words and pictures";
+  find("rerank-note").textContent = possible || !served()?.matching ? "" : reason;
 }
 
 function showVersions() {
@@ -161,7 +164,8 @@ function showVersions() {
   const current = models.find((one) => one.current);
   const options = models.filter((one) => one !== current).map((one) => new Option(one.label, one.label));
   if (current) options.unshift(new Option(`${current.label} (current)`, ""));
-  if (state.version && !options.some((one) => one.value === state.version)) options.push(new Option(`${state.version} (only)`, state.version));
+  const listed = !state.version || options.some((one) => one.value === state.version);
+  if (!listed) options.push(new Option(`${state.version} (only)`, state.version));
   if (!options.length) options.push(new Option("not known", ""));
   select.replaceChildren(...options);
   select.value = state.version;
@@ -217,7 +221,9 @@ function listen() {
     else if (asks(state) && !state.text) show();
     else find("text").focus();
   });
-  for (const radio of document.getElementsByName("target")) radio.addEventListener("change", () => turn({ target: radio.value }));
+  for (const radio of document.getElementsByName("target")) {
+    radio.addEventListener("change", () => turn({ target: radio.value }));
+  }
   find("rerank").addEventListener("change", (event) => turn({ rerank: event.target.checked }));
   find("version").addEventListener("change", (event) => turn({ version: event.target.value }));
   find("more").addEventListener("click", () => {
@@ -261,7 +267,7 @@ function listenForPictures() {
     take(file);
   });
   let inside = 0;
-  const carries = (event) => event.dataTransfer && [...event.dataTransfer.types].some((type) => type === "Files" || type === "text/uri-list");
+  const carries = (event) => ["Files", "text/uri-list"].some((type) => event.dataTransfer?.types.includes(type));
   const hint = (depth) => {
     inside = Math.max(0, depth);
     find("drop").hidden = !inside;
@@ -275,7 +281,7 @@ function listenForPictures() {
     event.preventDefault();
     const [file] = event.dataTransfer.files;
     if (file) take(file);
-    else showFailure(new Failure(400, "Only picture files can be dropped.", "Save the picture first, or copy it and paste it here."));
+    else showFailure(new Failure(400, "Only picture files can be dropped.", "Save it first, or copy it and paste it here."));
   });
 }
 

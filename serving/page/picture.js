@@ -14,7 +14,7 @@ export async function readPicture(file) {
   try {
     bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });
   } catch {
-    if (file.size > LARGEST) throw new Failure(413, "This browser cannot open the picture, and it is too large to send as it is.", name);
+    if (file.size > LARGEST) throw new Failure(413, "This browser cannot open the picture.", "It is too large to send as it is.");
     return { url: await dataUrl(file), name };
   }
   const scale = SIDE / Math.max(bitmap.width, bitmap.height);

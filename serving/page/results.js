@@ -21,7 +21,9 @@ function image(source) {
 /** A search_hit as a button; `rank` from 1. */
 function tile(hit, rank, chance) {
   const words = hit.caption || hit.id;
-  const picture = hit.thumbnail ? element("span", "picture", image(hit.thumbnail)) : element("span", "picture words", element("span", "", words));
+  const picture = hit.thumbnail
+    ? element("span", "picture", image(hit.thumbnail))
+    : element("span", "picture words", element("span", "", words));
   const bar = element("span", "bar");
   bar.style.setProperty("--share", String(Math.min(1, Math.max(0, hit.score))));
   const score = element("span", "score", element("b", "", hit.score.toFixed(3)), bar);
@@ -30,7 +32,8 @@ function tile(hit, rank, chance) {
   const button = element("button", "hit", picture, label);
   button.type = "button";
   button.title = words;
-  button.setAttribute("aria-label", `${rank}. ${words}. ${chance ? "Match" : "Score"} ${hit.score.toFixed(3)}. Show its neighbours.`);
+  const said = `${chance ? "Match" : "Score"} ${hit.score.toFixed(3)}`;
+  button.setAttribute("aria-label", `${rank}. ${words}. ${said}. Show its neighbours.`);
   return button;
 }
 
@@ -60,8 +63,9 @@ export function walkWithArrows(list) {
     const here = tiles.indexOf(document.activeElement);
     if (here < 0 || event.altKey || event.ctrlKey || event.metaKey) return;
     const across = tiles.filter((other) => other.offsetTop === tiles[0].offsetTop).length;
-    const there = { ArrowRight: here + 1, ArrowLeft: here - 1, ArrowDown: here + across, ArrowUp: here - across, Home: 0, End: tiles.length - 1 }[event.key];
-    if (there === undefined || !tiles[there]) return;
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across };
+    const there = { Home: 0, End: tiles.length - 1 }[event.key] ?? here + steps[event.key];
+    if (!tiles[there]) return; // another key, or the wall's edge
     event.preventDefault();
     tiles[there].focus();
   });

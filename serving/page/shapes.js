@@ -33,8 +33,13 @@ export function typeOf(document, schema) {
   return [schema.type ?? "any value"].flat().join(" or ");
 }
 
-const LIMITS = { minimum: "at least", maximum: "at most", exclusiveMinimum: "more than", exclusiveMaximum: "less than" };
-const SIZES = { minLength: ["at least", "character"], maxLength: ["at most", "character"], minItems: ["at least", "item"], maxItems: ["at most", "item"] };
+const LIMITS = {
+  minimum: "at least", maximum: "at most", exclusiveMinimum: "more than", exclusiveMaximum: "less than",
+};
+const SIZES = {
+  minLength: ["at least", "character"], maxLength: ["at most", "character"],
+  minItems: ["at least", "item"], maxItems: ["at most", "item"],
+};
 
 /** What a field allows and what it is without a value, in words. */
 function limits(schema) {
@@ -44,7 +49,8 @@ function limits(schema) {
     said.push(`${words} ${schema[name]} ${unit}${schema[name] === 1 ? "" : "s"}`);
   }
   const { default: value } = schema;
-  if (value !== undefined && value !== null && value !== "" && !Array.isArray(value)) said.push(`default ${JSON.stringify(value)}`);
+  const telling = (value ?? "") !== "" && !Array.isArray(value);
+  if (telling) said.push(`default ${JSON.stringify(value)}`);
   return said;
 }
 
@@ -52,7 +58,8 @@ function limits(schema) {
 function objectsIn(document, schema) {
   if (schema.$ref) {
     const target = follow(document, schema);
-    return target.properties ? [[schema.$ref.split("/").pop(), target]] : objectsIn(document, { ...target, $ref: undefined });
+    if (target.properties) return [[schema.$ref.split("/").pop(), target]];
+    return objectsIn(document, { ...target, $ref: undefined });
   }
   if (schema.properties) return [["", schema]];
   return [...alternatives(schema), ...(schema.items ? [schema.items] : [])].flatMap((one) => objectsIn(document, one));
@@ -61,11 +68,15 @@ function objectsIn(document, schema) {
 /** Texts and code elements of a paragraph, code between backticks. */
 export const words = (text) => text.split("`").map((part, index) => (index % 2 ? element("code", "", part) : part));
 
-/** A list of an object's fields, those of the objects in it inside; [] where the schema has none. `above` are names already open. */
+/**
+ * Lists of the fields of the objects that a value may contain, with those of the objects in them inside.
+ * `above` are the names that are open already: a schema may contain itself.
+ */
 export function fieldsOf(document, schema, above = []) {
   return objectsIn(document, schema).filter(([name]) => !name || !above.includes(name)).map(([name, object]) => {
     const rows = Object.entries(object.properties).map(([field, given]) => {
-      const term = element("dt", "", element("b", "", field), element("span", "", [typeOf(document, given), ...limits(given)].join(", ")));
+      const kind = [typeOf(document, given), ...limits(given)].join(", ");
+      const term = element("dt", "", element("b", "", field), element("span", "", kind));
       if (object.required?.includes(field)) term.append(element("em", "", "required"));
       const row = element("div", "", term);
       if (given.description) row.append(element("dd", "", ...words(given.description)));

@@ -1,0 +1,223 @@
+"""A corpus through both encoders of a model, to vectors: Ray Data reads, decodes, encodes and writes.
+
+A row is one picture with one of its captions, as evaluation counts pairs: a picture with five captions has five rows,
+which say the same `image_id`; an index holds the picture once and finds it by any of them.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+import ray.data
+from ray.data.checkpoint import CheckpointConfig
+from ray.experimental.internal_kv import _internal_kv_get
+
+from models.checkpoint import PACKAGE_FORMAT, load_package
+from models.config import InputError
+from pipelines import cluster, storage
+from pipelines.capacity import STATUS_KEY, is_scaled
+from pipelines.config import ExperimentConfig
+from pipelines.embed_sink import SKIPPED, VectorSink
+from pipelines.embed_stages import KEY, PACKAGE_FILES, Encoder, prepare, read_raw
+from pipelines.ingest import BLOCK_BYTES, NO_PROGRESS_SECONDS, Pause, PrepareSettings, UnitsDatasource
+from pipelines.manifest import Manifest, build_manifest
+from pipelines.package import package_of, read_experiment
+from pipelines.plan import bundle
+from pipelines.rerank import BATCH
+from pipelines.thumbnails import SIDE
+from pipelines.units import Unit
+from pipelines.vectors import PROGRESS, VECTORS, Job, claim, complete, remaining
+
+DECODED_ROWS = 64
+ENCODER_CPUS = 0.5
+"""Logical CPUs of an encoding process on CPUs: less than one, so that reading always has room."""
+FEWEST_ROWS, MOST_ROWS = 256, 8192
+"""Samples of one file: a sixteenth of all within these bounds. What a killed job had not written is encoded again."""
+_FILTER_BYTES = 64 * 2**20  # memory that Ray Data sets aside for the ids of a resumed job, at least; its own is 1 GiB
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """What lies in the folder now, and what this run did."""
+
+    out: str
+    embedding_space: str
+    samples: int
+    """Samples that were encoded, in all runs."""
+    rows: int
+    """Pictures with a caption each."""
+    skipped: int
+    reasons: dict[str, int]
+    """Of the skipped, the most frequent first."""
+    encoded: int
+    """Samples that this run went through; the others were done before."""
+    seconds: float
+
+    def text(self) -> str:
+        """For people."""
+        why = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.items())
+        before = self.samples + self.skipped - self.encoded
+        if self.encoded:
+            done = f"{self.encoded:,} in {self.seconds:.0f} s" + (f", {before:,} done before" if before else "")
+        else:
+            done = "all done before"
+        return (
+            f"{self.samples:,} samples encoded, {self.rows:,} rows, {self.skipped:,} skipped"
+            f"{f' ({why})' if why else ''}; {done}\n"
+            f"vectors of embedding space {self.embedding_space}: {self.out}"
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the stages share."""
+
+    settings: PrepareSettings
+    package: ray.ObjectRef
+    thumbnails: int
+    workers: int
+    gpus: bool
+
+
+def embed(  # the command line's options, no more
+    model: str,
+    data: str,
+    out: str,
+    thumbnails: bool = True,
+    npy: bool = True,
+    workers: int = 1,
+    gpus: bool = False,
+) -> EmbedResult:
+    """Encode all pairs of `data` with a MODEL into the folder `out` (see `pipelines.vectors`).
+
+    `workers` processes encode, each on a GPU of its own with `gpus`. A job that was killed goes on where it was; one
+    that is done is not repeated. A run's own columns, limits and share of samples that may be skipped are used.
+    Raises InputError: no such model or data, a folder that holds other vectors, more samples skipped than allowed.
+    """
+    started = time.monotonic()
+    out = storage.make_absolute(out)
+    with package_of(model) as folder:
+        package = load_package(folder, shown_as=model)
+        files = {name: (folder / name).read_bytes() for name in PACKAGE_FILES}
+    experiment = _experiment_of(model).override({"pairs.max_caption_words": package.preprocessor.max_caption_words})
+    experiment = experiment.model_copy(update={"encoder": package.config})
+    manifest = build_manifest(data, experiment.pairs)
+    job = Job(
+        embedding_space=package.embedding_space,
+        name=package.name,
+        dimensions=package.config.embed_dim,
+        manifest=manifest.hash,
+        thumbnails=SIDE if thumbnails else 0,
+        npy=npy,
+    )
+    about, encoded = claim(out, job), 0
+    if about is None:
+        units, done = remaining(out, manifest)
+        encoded = manifest.count - done
+        if units:
+            cluster.connect()
+            _check_gpus(gpus)
+            logger.info("embed: %s of %s samples to encode", f"{encoded:,}", f"{manifest.count:,}")
+            settings = PrepareSettings.of(experiment, package.tokenizer.to_json())
+            _run(out, manifest, units, _Plan(settings, ray.put(files), job.thumbnails, workers, gpus))
+        about = complete(out, job, manifest, experiment.pairs.max_skipped)
+    return _result(out, about, encoded, time.monotonic() - started)
+
+
+def _result(out: str, about: dict[str, Any], encoded: int, seconds: float) -> EmbedResult:
+    known = {name: about[name] for name in ("embedding_space", "samples", "rows", "skipped", "reasons")}
+    return EmbedResult(out=out, encoded=encoded, seconds=seconds, **known)
+
+
+def _experiment_of(model: str) -> ExperimentConfig:
+    """The experiment of a run or checkpoint; the defaults for a bare package."""
+    uri = storage.join(model, "config.json")
+    if not storage.exists(uri) or PACKAGE_FORMAT.encode() in storage.read_bytes(uri):
+        return ExperimentConfig()
+    return read_experiment(uri)
+
+
+def _check_gpus(gpus: bool) -> None:
+    there = ray.cluster_resources().get("GPU", 0)
+    labels = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    if gpus and not there and not is_scaled(labels, _internal_kv_get(STATUS_KEY)):
+        raise InputError("--gpus: the cluster has no GPU, and nothing adds nodes; leave it out to encode on CPUs")
+
+
+def _run(out: str, manifest: Manifest, units: list[Unit], plan: _Plan) -> None:
+    """Everything that is left, to files; what Ray Data has noted as written is left out after it is read."""
+    folder = storage.join(out, VECTORS)
+    system, path = storage.filesystem(folder)
+    if storage.is_local(folder):
+        with storage.errors_about(folder):
+            system.create_dir(f"{path}/{SKIPPED}", recursive=True)
+    dataset = _dataset(manifest, units, plan)
+    dataset.context.checkpoint_config = _progress(storage.join(out, PROGRESS))
+    rows = min(max(-(-manifest.count // 16), FEWEST_ROWS), MOST_ROWS)
+    sink = VectorSink(folder, rows, bool(plan.thumbnails))
+    with _one_line():
+        dataset.write_datasink(sink, ray_remote_args={"num_cpus": plan.settings.cpus})
+
+
+def _dataset(manifest: Manifest, units: list[Unit], plan: _Plan) -> ray.data.Dataset:
+    works: list[Any] = [
+        (partial(read_raw, [manifest.units[number] for number in group.units]), group.count) for group in bundle(units)
+    ]
+    for name, level in (("ray.data", logging.WARNING), ("ray.data._internal.progress", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
+    cpus = {"num_cpus": plan.settings.cpus}
+    dataset = ray.data.read_datasource(
+        UnitsDatasource(works, plan.settings), num_cpus=plan.settings.cpus, override_num_blocks=len(works)
+    )
+    context = dataset.context
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.custom_execution_callback_classes = [Pause]
+    context.target_max_block_size = BLOCK_BYTES
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    dataset = dataset.map_batches(
+        prepare,
+        batch_size=DECODED_ROWS,
+        batch_format="pyarrow",
+        fn_kwargs={"settings": plan.settings, "thumbnail_side": plan.thumbnails},
+        **cpus,
+    )
+    return dataset.map_batches(
+        Encoder,
+        batch_size=BATCH,
+        batch_format="pyarrow",
+        fn_constructor_kwargs={"package": plan.package, "gpu": plan.gpus},
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=plan.workers),
+        num_cpus=ENCODER_CPUS,
+        num_gpus=1 if plan.gpus else 0,
+    )
+
+
+def _progress(uri: str) -> CheckpointConfig:
+    """Ray Data's own record of the rows that are written, kept until the whole folder is complete."""
+    system, path = storage.filesystem(uri)
+    config = CheckpointConfig(KEY, path, override_filesystem=system, delete_checkpoint_on_success=False)
+    config.checkpoint_actor_memory_bytes = _FILTER_BYTES
+    return config
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """What a task met at the user's data or store, as the one line that it was."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, InputError):
+                lines = [line for line in str(cause).splitlines() if line.strip()]
+                raise InputError(lines[-1].rpartition("InputError: ")[2].rpartition("Unavailable: ")[2]) from error
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        raise
