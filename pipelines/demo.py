@@ -25,6 +25,7 @@ from models.config import InputError
 from models.preprocess import clean_caption, resize_for_eval
 from pipelines.charts import Series
 from pipelines.config import PRESETS, ExperimentConfig
+from pipelines.demo_serving import serve_and_ask
 from pipelines.evaluate import encode, evaluate_model
 from pipelines.lineage import commit
 from pipelines.progress import Event
@@ -42,6 +43,8 @@ _CAPTIONS = 24  # captions on the contact sheet
 
 _NEXT = """
 The page with curves and a contact sheet:  {page}
+The page to search with, at http://127.0.0.1:8000/ while this runs (Ctrl-C ends it):
+  .venv/bin/triptych serve {run} --index {index}
 
 Look further:
   .venv/bin/mlflow ui                          then open http://127.0.0.1:5000, experiment {experiment}
@@ -52,7 +55,7 @@ Train on your own pairs (parquet with the columns image and caption, or webdatas
 
 
 def demo(folder: Path, corpus: CorpusConfig, experiment: ExperimentConfig) -> Path:
-    """Corpus, training, scores, MLflow and the page in `folder`; prints what came out and returns the page's path."""
+    """Corpus, training, scores, MLflow, the page and ten searches; prints what came out, returns the page's path."""
     started = time.monotonic()
     data = make_corpus(folder / "data", corpus)
     paths = {"train_data": str(data / "train"), "val_data": str(data / "val"), "out": str(folder), "name": NAME}
@@ -75,8 +78,10 @@ def demo(folder: Path, corpus: CorpusConfig, experiment: ExperimentConfig) -> Pa
     path = folder / "report.html"
     training_report(path, page)
     _track(result, metrics, path)
-    text = _NEXT.format(page=path, experiment=EXPERIMENT, run=_short(Path(result.run_folder)), data=_short(data))
-    sys.stdout.write(f"\nOn scenes that training never saw:\n{recall_table(metrics)}\n{text}")
+    asked = serve_and_ask(result.run_folder, data / "test", folder, [caption for caption, _ in pairs])
+    places = {"run": _short(Path(result.run_folder)), "data": _short(data), "index": _short(folder / "index")}
+    text = _NEXT.format(page=path, experiment=EXPERIMENT, **places)
+    sys.stdout.write(f"\nOn scenes that training never saw:\n{recall_table(metrics)}\n\n{asked}\n{text}")
     return path
 
 

@@ -5,6 +5,7 @@ which say the same `image_id`; an index holds the picture once and finds it by a
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,13 @@ import ray.data
 from ray.data.checkpoint import CheckpointConfig
 from ray.experimental.internal_kv import _internal_kv_get
 
-from models.checkpoint import PACKAGE_FORMAT, load_package
+from models.checkpoint import PACKAGE_FORMAT, Package, load_package
 from models.config import InputError
 from pipelines import cluster, storage
 from pipelines.capacity import STATUS_KEY, is_scaled
 from pipelines.config import ExperimentConfig
 from pipelines.embed_sink import SKIPPED, VectorSink
-from pipelines.embed_stages import KEY, PACKAGE_FILES, Encoder, prepare, read_raw
+from pipelines.embed_stages import KEY, Encoder, prepare, read_raw
 from pipelines.ingest import BLOCK_BYTES, NO_PROGRESS_SECONDS, Pause, PrepareSettings, UnitsDatasource
 from pipelines.manifest import Manifest, build_manifest
 from pipelines.package import package_of, read_experiment
@@ -31,7 +32,7 @@ from pipelines.plan import bundle
 from pipelines.rerank import BATCH
 from pipelines.thumbnails import SIDE
 from pipelines.units import Unit
-from pipelines.vectors import PROGRESS, VECTORS, Job, claim, complete, remaining
+from pipelines.vectors import PACKAGE, PROGRESS, VECTORS, Job, claim, complete, remaining
 
 DECODED_ROWS = 64
 ENCODER_CPUS = 0.5
@@ -39,6 +40,12 @@ ENCODER_CPUS = 0.5
 FEWEST_ROWS, MOST_ROWS = 256, 8192
 """Samples of one file: a sixteenth of all within these bounds. What a killed job had not written is encoded again."""
 _FILTER_BYTES = 64 * 2**20  # memory that Ray Data sets aside for the ids of a resumed job, at least; its own is 1 GiB
+_QUIET = {
+    "ray.data": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray.data._internal.execution.streaming_executor_state": logging.CRITICAL,  # what ends a job is raised as well
+    "ray.data.exceptions": logging.CRITICAL,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +87,8 @@ class _Plan:
     """What the stages share."""
 
     settings: PrepareSettings
-    package: ray.ObjectRef
+    package: str
+    """URI that every node can read."""
     thumbnails: int
     workers: int
     gpus: bool
@@ -101,15 +109,34 @@ def embed(  # the command line's options, no more
     that is done is not repeated. A run's own columns, limits and share of samples that may be skipped are used.
     Raises InputError: no such model or data, a folder that holds other vectors, more samples skipped than allowed.
     """
+    if workers < 1:
+        raise InputError(f"--workers {workers}: at least one process has to encode")
     started = time.monotonic()
     out = storage.make_absolute(out)
     with package_of(model) as folder:
         package = load_package(folder, shown_as=model)
-        files = {name: (folder / name).read_bytes() for name in PACKAGE_FILES}
-    experiment = _experiment_of(model).override({"pairs.max_caption_words": package.preprocessor.max_caption_words})
-    experiment = experiment.model_copy(update={"encoder": package.config})
-    manifest = build_manifest(data, experiment.pairs)
-    job = Job(
+        experiment = _experiment_of(model).override({"pairs.max_caption_words": package.preprocessor.max_caption_words})
+        experiment = experiment.model_copy(update={"encoder": package.config})
+        manifest = build_manifest(data, experiment.pairs)
+        job = _job(package, manifest, thumbnails, npy)
+        about, encoded = claim(out, job), 0
+        if about is None:
+            units, done = remaining(out, manifest)
+            encoded = manifest.count - done
+            if units:
+                cluster.connect()
+                _check_gpus(gpus)
+                logger.info("embed: %s of %s samples to encode", f"{encoded:,}", f"{manifest.count:,}")
+                place = storage.join(out, PACKAGE)  # where the nodes that write can read
+                storage.upload(str(folder), place)
+                settings = PrepareSettings.of(experiment, package.tokenizer.to_json())
+                _run(out, manifest, units, _Plan(settings, place, job.thumbnails, workers, gpus))
+            about = complete(out, job, manifest, experiment.pairs.max_skipped)
+    return _result(out, about, encoded, time.monotonic() - started)
+
+
+def _job(package: Package, manifest: Manifest, thumbnails: bool, npy: bool) -> Job:
+    return Job(
         embedding_space=package.embedding_space,
         name=package.name,
         dimensions=package.config.embed_dim,
@@ -117,18 +144,6 @@ def embed(  # the command line's options, no more
         thumbnails=SIDE if thumbnails else 0,
         npy=npy,
     )
-    about, encoded = claim(out, job), 0
-    if about is None:
-        units, done = remaining(out, manifest)
-        encoded = manifest.count - done
-        if units:
-            cluster.connect()
-            _check_gpus(gpus)
-            logger.info("embed: %s of %s samples to encode", f"{encoded:,}", f"{manifest.count:,}")
-            settings = PrepareSettings.of(experiment, package.tokenizer.to_json())
-            _run(out, manifest, units, _Plan(settings, ray.put(files), job.thumbnails, workers, gpus))
-        about = complete(out, job, manifest, experiment.pairs.max_skipped)
-    return _result(out, about, encoded, time.monotonic() - started)
 
 
 def _result(out: str, about: dict[str, Any], encoded: int, seconds: float) -> EmbedResult:
@@ -170,7 +185,7 @@ def _dataset(manifest: Manifest, units: list[Unit], plan: _Plan) -> ray.data.Dat
     works: list[Any] = [
         (partial(read_raw, [manifest.units[number] for number in group.units]), group.count) for group in bundle(units)
     ]
-    for name, level in (("ray.data", logging.WARNING), ("ray.data._internal.progress", logging.ERROR)):
+    for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(level)
     cpus = {"num_cpus": plan.settings.cpus}
     dataset = ray.data.read_datasource(
@@ -213,11 +228,8 @@ def _one_line() -> Iterator[None]:
     """What a task met at the user's data or store, as the one line that it was."""
     try:
         yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, InputError):
-                lines = [line for line in str(cause).splitlines() if line.strip()]
-                raise InputError(lines[-1].rpartition("InputError: ")[2].rpartition("Unavailable: ")[2]) from error
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        raise
+    except Exception as error:  # Ray has it as text, in a tower of tracebacks
+        found = re.findall(r"^(?:[\w.]+\.)?(?:InputError|Unavailable): (.+)$", str(error), re.MULTILINE)
+        if not found:
+            raise
+        raise InputError(found[-1]) from error

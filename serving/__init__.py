@@ -1,1 +1,1 @@
-"""Online embedding and search (Ray Serve); its issue is not built yet."""
+"""Online embedding and search: gateways that speak HTTP, encoder and search replicas, versions that follow an alias."""

@@ -17,9 +17,11 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 _MOST_PARTS = 16
 _TAGS = ("text", "image_url")
 """Kinds of a message's parts."""
-_SMALL = 2**20
-_MOST_COMMAS = 2**18
-"""In a body of more than 1 MiB: each may be a value of its own, which takes many times its byte once it is parsed."""
+_SMALL = 2**16
+_MOST_COMMAS = 2**15
+"""In a body of more than 64 KiB: each comma may begin a value, whose parsing costs many times its byte."""
+_MOST_FAULTS = 100
+"""More are not looked at one by one."""
 
 
 class Gone(Exception):
@@ -137,6 +139,8 @@ def parse_fields(schema: type[ModelT], fields: Mapping[str, Any]) -> ModelT:
 
 def refused(error: ValidationError) -> Refusal:
     """The most precise of the schema's complaints as a reply; nothing of what was sent is repeated."""
+    if error.error_count() > _MOST_FAULTS:
+        return Refusal(422, "schema_mismatch", f"{error.error_count()} faults; see /docs for what is expected")
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     deepest = max(errors, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     where = _path(deepest["loc"])

@@ -1,7 +1,9 @@
 import io
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -23,8 +25,9 @@ from pipelines.embed import embed
 from pipelines.embed_stages import Encoder
 from pipelines.evaluate import encode
 from pipelines.ingest import PrepareSettings, read_eval
-from pipelines.ledger import read_ledger
+from pipelines.ledger import ledger_rows, read_ledger, write_ledger
 from pipelines.manifest import build_manifest
+from pipelines.vectors import Job, claim, complete
 
 ROOT = Path(__file__).parent.parent
 PAIRS = 90
@@ -33,7 +36,6 @@ SEVERAL = 44
 """A sample with three captions, one of which is empty."""
 AGAIN = 55
 """A sample whose picture is that of number 5."""
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
@@ -197,6 +199,12 @@ def failing(progress):
     return Failing
 
 
+def partly_done(manifest, notes):
+    """Units of which some samples are noted and some are not."""
+    units = np.concatenate([pq.read_table(path)["sample"].to_numpy() >> 32 for path in notes])
+    return [unit for unit in manifest.units if 0 < np.sum(units == unit.unit) < unit.count]
+
+
 def test_a_job_that_broke_goes_on_and_encodes_nothing_twice(package, tmp_path, monkeypatch):
     write_corpus(tmp_path / "data", 400)
     out = tmp_path / "out"
@@ -204,14 +212,14 @@ def test_a_job_that_broke_goes_on_and_encodes_nothing_twice(package, tmp_path, m
         patch.setattr(embed_module, "Encoder", failing(out / "_progress"))
         patch.setattr(embed_module, "BATCH", 100)
         patch.setattr(embed_module, "FEWEST_ROWS", 50)
+        patch.setattr(embed_module, "BLOCK_BYTES", 20_000)  # files end within units
         with pytest.raises(Exception, match="out of luck"):
             embed(str(package[0]), str(tmp_path / "data"), str(out), npy=False)
     assert not (out / "vectors.json").exists()
     kept = {path: path.read_bytes() for path in (out / "vectors").glob("*.parquet")}
-    done = sum(pq.ParquetFile(path).metadata.num_rows for path in kept)
-    assert done
     orphan, *others = sorted((out / "_progress").iterdir())
     noted = sum(pq.ParquetFile(path).metadata.num_rows for path in others)
+    assert noted and partly_done(build_manifest(str(tmp_path / "data"), PairsConfig()), others)
     lost = out / "vectors" / orphan.name  # as if it had been killed between the file and its note:
     orphan.rename(orphan.with_name(f"{orphan.stem}.pending.parquet"))
     result = embed(str(package[0]), str(tmp_path / "data"), str(out), npy=False)
@@ -224,15 +232,54 @@ def test_a_job_that_broke_goes_on_and_encodes_nothing_twice(package, tmp_path, m
     assert result.skipped == 3 and result.samples == 397
 
 
-def test_too_many_skipped_samples_end_it_in_one_line(package, tmp_path):
-    pairs = make_pairs(8)
-    for pair in pairs[:3]:
-        pair["image"] = b"<html>"
-    write_parquet_pairs(str(tmp_path / "data" / "0.parquet"), pairs)
-    with pytest.raises(InputError, match="3 of 8 samples were skipped, more than 20%"):
-        embed(str(package[0]), str(tmp_path / "data"), str(tmp_path / "out"))
-    assert not (tmp_path / "out" / "vectors.json").exists()
-    assert len(read_ledger(str(tmp_path / "out" / "skipped.parquet"))) == 3
+@pytest.fixture
+def written(tmp_path):
+    """(folder, job, manifest) of ten samples in one file each, number 3 skipped; nothing is summed up yet."""
+    write_parquet_pairs(str(tmp_path / "data" / "0.parquet"), make_pairs(10))
+    manifest = build_manifest(str(tmp_path / "data"), PairsConfig())
+    out, job = tmp_path / "out", Job("space", "name", 2, manifest.hash, 0, False)
+    assert claim(str(out), job) is None
+    (out / "vectors" / "_skipped").mkdir(parents=True)
+    for unit in manifest.units:
+        for ordinal in range(unit.count):
+            number = unit.first + ordinal
+            if number == 3:
+                row = {
+                    "unit": unit.unit,
+                    "ordinal": ordinal,
+                    "id": "key3",
+                    "uri": "",
+                    "reason": "unreadable",
+                    "detail": "",
+                }
+                table = ledger_rows({name: np.array([value], object) for name, value in row.items()}, 0)
+                write_ledger(f"{out}/vectors/_skipped/{number}.parquet", table)
+            else:
+                pq.write_table(
+                    pa.table({"unit": [unit.unit], "ordinal": [ordinal]}), out / "vectors" / f"{number}.parquet"
+                )
+    return out, job, manifest
+
+
+def test_a_share_of_skipped_samples_is_allowed_and_no_more(written):
+    out, job, manifest = written
+    with pytest.raises(InputError, match="1 of 10 samples were skipped, more than 5%"):
+        complete(str(out), job, manifest, 0.05)
+    assert not (out / "vectors.json").exists()
+    assert len(read_ledger(str(out / "skipped.parquet"))) == 1
+    about = complete(str(out), job, manifest, 0.1)
+    assert (about["samples"], about["skipped"], about["reasons"]) == (9, 1, {"unreadable": 1})
+    assert claim(str(out), job) == json.loads((out / "vectors.json").read_text()) == about
+
+
+def test_a_lost_sample_and_one_that_is_there_twice_are_noticed(written):
+    out, job, manifest = written
+    (out / "vectors" / "7.parquet").rename(out / "7")
+    with pytest.raises(RuntimeError, match="10 samples planned, but 8 trained and 1 skipped"):
+        complete(str(out), job, manifest, 0.1)
+    shutil.copy(out / "vectors" / "6.parquet", out / "vectors" / "7.parquet")
+    with pytest.raises(RuntimeError, match="written twice"):
+        complete(str(out), job, manifest, 0.1)
 
 
 def test_on_object_storage_without_thumbnails(package, s3):
@@ -268,8 +315,6 @@ embed.embed({package!r}, {data!r}, {out!r})
 def test_a_job_killed_at_any_moment_goes_on_and_ends_complete(package, tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
     write_corpus(data, 3000)
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as temp:
         code = textwrap.dedent(JOB).format(temp=temp, package=str(package[0]), data=str(data), out=str(out))
         job = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -285,3 +330,11 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_complete(package, tmp_path)
     assert before & {path.name for path in (out / "vectors").glob("*.parquet")}
     assert result.samples + result.skipped == 3000 and result.rows == 2998
     assert len(set(table_of(out)["id"].to_pylist())) == 2997
+
+
+def test_what_a_store_says_while_reading_is_one_line():
+    tower = "ray::Read() (pid=1)\n  File x.py\npipelines.storage.Unavailable: s3://x: it fails; check it\n\nray.exceptions.Y: z"
+    with pytest.raises(InputError, match="^s3://x: it fails; check it$"), embed_module._one_line():
+        raise RuntimeError(tower)
+    with pytest.raises(RuntimeError, match="other"), embed_module._one_line():
+        raise RuntimeError("other")

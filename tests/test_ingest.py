@@ -254,6 +254,7 @@ def _take_all(config):
     Path(config["out"], f"{rank}.txt").write_text("\n".join(" ".join(map(str, row)) for row in found))
 
 
+@pytest.mark.slow  # test_train.py trains so, on the same two slots
 def test_two_workers_and_their_data_tasks_fit_on_two_slots(mixed, tmp_path):
     TorchTrainer(
         _take_all,

@@ -119,6 +119,13 @@ def test_complaints_name_the_place_in_the_request(content: Any, param: str) -> N
     assert raised.value.message.startswith(param)
 
 
+def test_very_many_unknown_keys_are_not_told_one_by_one() -> None:
+    body = json.dumps({f"k{number}": 0 for number in range(5000)}).encode()
+    with pytest.raises(Refusal) as raised:
+        parse_json(EmbeddingRequest, body, "")
+    assert (raised.value.status, raised.value.code) == (422, "schema_mismatch") and len(raised.value.message) < 100
+
+
 def read(body: list[bytes], limit: int, declared: bytes | None = None) -> bytes:
     with Room(2 * limit).place() as place:
         return asyncio.run(read_body(arriving(*body), declared, limit, 5, place))

@@ -101,7 +101,7 @@ def head() -> Iterator[Head]:
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "AWS_"))
         }
-        environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # jobs find `python` there
         names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
         ports = {name: free_port() for name in names}

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,9 +61,10 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def store(tmp_path, monkeypatch) -> str:
+def store(tmp_path, monkeypatch, empty_mlflow) -> str:
     """MLflow's file of the test's own."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_mlflow, "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri

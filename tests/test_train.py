@@ -327,18 +327,31 @@ def test_more_workers_than_the_cluster_can_give(ray_local, corpus, tmp_path, cap
     assert "--compute.workers 12" in one_line(capsys)
 
 
-def test_a_non_finite_loss_stops_with_its_term(ray_local, corpus, tmp_path, capsys):
+@pytest.fixture
+def in_this_process(ray_local, monkeypatch, tmp_path):
+    """Ray Train's local mode: the same loop, without the seconds that a controller and a worker take to start."""
+    monkeypatch.setattr(training, "ScalingConfig", lambda **_: ray.train.ScalingConfig(num_workers=0))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where a checkpoint stays that nobody uploads
+
+
+def check_non_finite(corpus: Path, out: Path, capsys) -> None:
     words = ["--optim.learning-rate", "1e30", "--optim.clip-norm", "0", "--optim.epochs", "2", "--progress.every", "1"]
-    assert main(train_words(f"{corpus}/train", f"{corpus}/val", str(tmp_path), *words, preset="tcl-dual-tiny")) == 1
+    words += ["--compute.threads", "1"]
+    assert main(train_words(f"{corpus}/train", f"{corpus}/val", str(out), *words, preset="tcl-dual-tiny")) == 1
     line = one_line(capsys)
     assert "is not finite" in line and "cma" in line
 
 
-def test_too_many_skipped_samples_stop_the_run_and_say_where_to_look(ray_local, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        training, "ScalingConfig", lambda **_: ray.train.ScalingConfig(num_workers=0)
-    )  # in this process
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where its checkpoint stays
+def test_a_non_finite_loss_stops_with_its_term(in_this_process, corpus, tmp_path, capsys):
+    check_non_finite(corpus, tmp_path / "runs", capsys)
+
+
+@pytest.mark.slow
+def test_a_non_finite_loss_of_a_worker_stops_with_its_term(ray_local, corpus, tmp_path, capsys):
+    check_non_finite(corpus, tmp_path / "runs", capsys)
+
+
+def test_too_many_skipped_samples_stop_the_run_and_say_where_to_look(in_this_process, tmp_path, capsys):
     synthesize(str(tmp_path / "data"), pairs=120, broken=0.4, image_size=32)
     words = train_words(str(tmp_path / "data/train"), str(tmp_path / "data/val"), str(tmp_path / "runs"))
     assert main([words[0], "clip-tiny", *words[2:], "--optim.epochs", "1", "--compute.threads", "1"]) == 1
