@@ -122,7 +122,7 @@ class Fetcher:
             raise Unfetched("only http and https URLs without a user are fetched")
         name = host if port == _PORTS[parts.scheme] else f"{host}:{port}"
         for allowed in self._hosts:
-            if name == allowed or (allowed.startswith("*.") and name.endswith(allowed[1:]) and name != allowed[2:]):
+            if name == allowed or (allowed.startswith("*.") and name.endswith(allowed[1:])):
                 return
         raise Unfetched("pictures are not fetched from that host")
 

@@ -56,6 +56,7 @@ def test_tune_takes_its_own_options_and_all_of_train(monkeypatch, capsys):
 
 
 def test_compare_promote_and_rollback_print_what_they_did(monkeypatch, capsys):
+    from serving.smoke import served_vectors
     from tuning.comparison import Outcome
 
     calls = []
@@ -68,5 +69,5 @@ def test_compare_promote_and_rollback_print_what_they_did(monkeypatch, capsys):
     assert main(["compare", "a", "b", "--out", "c"]) == 0
     assert main(["promote", "a", "--name", "shop", "--index", "i/{space}", "--allow-worse"]) == 0
     assert main(["rollback", "--name", "shop"]) == 0
-    assert calls == [(["a", "b"], "c"), ("a", "shop", None, "i/{space}", True), ("shop",)]
+    assert calls == [(["a", "b"], "c"), ("a", "shop", None, "i/{space}", True, served_vectors), ("shop",)]
     assert capsys.readouterr().out == "table\nreport: x/report.html\nread done\nread done\n"

@@ -51,14 +51,15 @@ def door(desk: StandInDesk) -> Door:
 
 
 def test_texts_and_pictures_mixed_keep_their_order(door: Door) -> None:
-    inputs = ["A red circle!", data_url(BLUE), "two  Blue-squares", data_url(RED), data_url(BLUE)]
+    green = as_file(drawing("green", "triangle"), "PNG")
+    inputs = ["A red circle!", data_url(BLUE), "two  Blue-squares", data_url(RED), data_url(green)]
     reply = one(door, "/v1/embeddings", {"input": inputs}).json
     expected = [
         text_vector("a red circle"),
         image_vector(seen(BLUE)),
         text_vector("two blue squares"),
         image_vector(seen(RED)),
-        image_vector(seen(BLUE)),
+        image_vector(seen(green)),
     ]
     assert reply["object"] == "list" and reply["model"] == "shapes" and reply["embedding_space"] == "space-of-shapes-3"
     assert [row["index"] for row in reply["data"]] == list(range(5))

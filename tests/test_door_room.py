@@ -111,6 +111,8 @@ def test_who_hangs_up_gives_the_place_back_at_once(door: Door, desk: StandInDesk
         start = time.perf_counter()
         answer = await ask(door, "/v1/embeddings", receive=arriving(chunks, gone=0.05))
         assert answer.status == 0 and time.perf_counter() - start < 1
+        task = asyncio.current_task()
+        assert task is not None and task.cancelling() == 0  # a time limit around the door goes on working
 
     asyncio.run(leave())
     assert door.held == 0 and desk.set.held == 0

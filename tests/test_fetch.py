@@ -150,6 +150,17 @@ def test_what_may_not_or_cannot_be_fetched(port: int, url: str, says: str) -> No
             own.fetch(f"http://{HOST}:{port}{hop(url)}")
 
 
+def test_three_redirects_and_no_more(port: int) -> None:
+    Host.asked.clear()
+    with pytest.raises(Unfetched, match="more than 3 redirects"):
+        fetcher(port).fetch(f"http://{HOST}:{port}/round")
+    assert len(Host.asked) == 4
+    url = f"http://{HOST}:{port}/a.png"
+    for _ in range(3):
+        url = f"http://{HOST}:{port}{hop(url)}"
+    assert fetcher(port).fetch(url) == PICTURE
+
+
 @pytest.mark.parametrize("path", ["/drip", "/head-drip"])
 def test_a_host_that_drips_is_cut_off_in_time(port: int, path: str) -> None:
     start = time.monotonic()

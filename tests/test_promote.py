@@ -27,6 +27,7 @@ from pipelines.config import PRESETS
 from pipelines.evaluate import evaluate_model
 from pipelines.package import mean_recall, package_of
 from pipelines.registry import CHAMPION, PREVIOUS, REPLACES, SPACE, Registry
+from serving.smoke import served_vectors
 from tuning import gate
 from tuning import promote as promote_module
 from tuning.gate import standard_error
@@ -568,7 +569,8 @@ def test_of_two_promotions_at_once_one_becomes_champion_and_the_other_says_so(
 
 
 def test_with_ray_the_champion_is_evaluated_under_its_name(folder, registry, name, ray_local):
-    done = promote(str(folder / "good"), name)
+    done = promote(str(folder / "good"), name, smoke=served_vectors)
+    assert "the service answers the same vectors within" in done.text()
     scores = evaluate_model(f"models:/{name}@champion", str(folder / "data"))
     assert mean_recall({f"val/{key}": value for key, value in scores.items()}) == 1 == mean_recall(done.metrics)
     assert scores["images"] == PAIRS

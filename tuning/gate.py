@@ -102,7 +102,7 @@ def _difference(then: Tensor | None, now: Tensor, about: str) -> float:
 def check_served(promotion: Promotion, package: Path, smoke: Smoke | None) -> None:
     """The service must answer the package's own vectors."""
     if smoke is None:
-        promotion.skip("served", "served check: not built yet -> skipped")
+        promotion.skip("served", "no service was asked for its vectors")
         return
     with promotion.step("served") as said:
         expected = health_vectors(load_package(package))[:2]
