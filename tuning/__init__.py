@@ -1,1 +1,1 @@
-"""Sweeps, comparison and promotion (Ray Tune); its issue is not built yet."""
+"""Sweeps, comparison and promotion: Ray Tune above training, one MLflow run a trial, a gate before the alias moves."""
