@@ -24,7 +24,7 @@ from pipelines import cluster, storage
 from pipelines.capacity import STATUS_KEY, is_scaled
 from pipelines.config import ExperimentConfig
 from pipelines.embed_sink import SKIPPED, VectorSink
-from pipelines.embed_stages import KEY, Encoder, prepare, read_raw
+from pipelines.embed_stages import KEY, PACKAGE_FILES, Encoder, prepare, read_raw
 from pipelines.ingest import BLOCK_BYTES, NO_PROGRESS_SECONDS, Pause, PrepareSettings, UnitsDatasource
 from pipelines.manifest import Manifest, build_manifest
 from pipelines.package import package_of, read_experiment
@@ -32,14 +32,14 @@ from pipelines.plan import bundle
 from pipelines.rerank import BATCH
 from pipelines.thumbnails import SIDE
 from pipelines.units import Unit
-from pipelines.vectors import PACKAGE, PROGRESS, VECTORS, Job, claim, complete, remaining
+from pipelines.vectors import PROGRESS, VECTORS, Job, claim, complete, remaining
 
 DECODED_ROWS = 64
 ENCODER_CPUS = 0.5
 """Logical CPUs of an encoding process on CPUs: less than one, so that reading always has room."""
 FEWEST_ROWS, MOST_ROWS = 256, 8192
 """Samples of one file: a sixteenth of all within these bounds. What a killed job had not written is encoded again."""
-_FILTER_BYTES = 64 * 2**20  # memory that Ray Data sets aside for the ids of a resumed job, at least; its own is 1 GiB
+_FILTER_BYTES = 384 * 2**20  # memory set aside for a process with the ids of a resumed job, at least; Ray's is 1 GiB
 _QUIET = {
     "ray.data": logging.WARNING,
     "ray.data._internal.progress": logging.ERROR,
@@ -87,8 +87,8 @@ class _Plan:
     """What the stages share."""
 
     settings: PrepareSettings
-    package: str
-    """URI that every node can read."""
+    package: ray.ObjectRef
+    """Bytes of its files by name; to each node once."""
     thumbnails: int
     workers: int
     gpus: bool
@@ -127,10 +127,9 @@ def embed(  # the command line's options, no more
                 cluster.connect()
                 _check_gpus(gpus)
                 logger.info("embed: %s of %s samples to encode", f"{encoded:,}", f"{manifest.count:,}")
-                place = storage.join(out, PACKAGE)  # where the nodes that write can read
-                storage.upload(str(folder), place)
+                files = ray.put({name: (folder / name).read_bytes() for name in PACKAGE_FILES})
                 settings = PrepareSettings.of(experiment, package.tokenizer.to_json())
-                _run(out, manifest, units, _Plan(settings, place, job.thumbnails, workers, gpus))
+                _run(out, manifest, units, _Plan(settings, files, job.thumbnails, workers, gpus))
             about = complete(out, job, manifest, experiment.pairs.max_skipped)
     return _result(out, about, encoded, time.monotonic() - started)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import torch
 
 from models.checkpoint import Package, load_package
 from models.preprocess import clean_caption
-from pipelines import storage
 from pipelines.evaluate import encode
 from pipelines.reader import read_units
 from pipelines.stages import PrepareSettings, prepare_eval
@@ -23,6 +23,7 @@ from pipelines.units import Sample, Unit
 
 KEY = "sample"
 """int64: unit * 2**32 + ordinal. Which samples are done is kept as these."""
+PACKAGE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
 _ROWS = 64
 _RAW = pa.schema(
     [
@@ -106,11 +107,12 @@ def _as_pixels(column: pa.ChunkedArray, side: int) -> np.ndarray:
 class Encoder:
     """Both encoders in one process; a Ray Data actor."""
 
-    def __init__(self, package: str, gpu: bool) -> None:
-        """`package` is the URI of an encoder package."""
+    def __init__(self, package: ray.ObjectRef, gpu: bool) -> None:
+        """`package` are the bytes of PACKAGE_FILES by name."""
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
-            storage.download(package, folder)
+            for name, data in ray.get(package).items():
+                (Path(folder) / name).write_bytes(data)
             self._package: Package = load_package(Path(folder), device="cuda" if gpu else "cpu")
 
     def __call__(self, table: pa.Table) -> pa.Table:

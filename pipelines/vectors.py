@@ -5,7 +5,7 @@
     skipped.parquet        the ledger: every sample that is not among them, and why
     img_emb/ text_emb/ metadata/     the same vectors in clip-retrieval's layout (img_emb_0.npy, ...), row by row
     vectors.json           what they are; written last
-    _embed.json _progress/ _package/     while the job is not done
+    _embed.json _progress/ while the job is not done
 
 Axes: R rows, D width of the joint space.
 """
@@ -34,7 +34,7 @@ from pipelines.units import Unit
 
 FORMAT = "triptych-vectors-1"
 COMPLETE, BEGUN = "vectors.json", "_embed.json"
-VECTORS, PROGRESS, PACKAGE, LEDGER_FILE = "vectors", "_progress", "_package", "skipped.parquet"
+VECTORS, PROGRESS, LEDGER_FILE = "vectors", "_progress", "skipped.parquet"
 NPY_ROWS = 100_000
 """Rows of one npy file."""
 _READERS = 16
@@ -213,7 +213,7 @@ def _parts(files: Sequence[str]) -> Iterator[pa.Table]:
 def _clean(out: str) -> None:
     """Remove what only a job that is not done needs."""
     system, path = storage.filesystem(out)
-    for name in (PROGRESS, PACKAGE, f"{VECTORS}/{SKIPPED}", BEGUN):
+    for name in (PROGRESS, f"{VECTORS}/{SKIPPED}", BEGUN):
         try:
             kind = system.get_file_info(f"{path}/{name}").type
             if kind == pafs.FileType.Directory:

@@ -89,6 +89,10 @@ def ray_local(s3: ObjectStore) -> Iterator[None]:
     """Ray on this machine with two slots; its workers reach the S3 server."""
     import ray
 
+    from pipelines.cluster import SETTINGS
+
+    for name, value in SETTINGS.items():  # before Ray's processes start, as the command line does
+        os.environ.setdefault(name, value)
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))  # functions of tests
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:

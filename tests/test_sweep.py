@@ -539,8 +539,13 @@ def everything(store: str) -> list[str]:
     return [run.info.run_id for run in client.search_runs([e.experiment_id for e in client.search_experiments()])]
 
 
-def test_a_killed_sweep_goes_on_and_a_failing_trial_does_not_stop_it(corpus, tmp_path):
-    """Two trials under asha, one of which meets NaN; the driver is killed at the first checkpoint."""
+def test_a_killed_sweep_goes_on_and_a_failing_trial_does_not_stop_it(ray_local, corpus, tmp_path, monkeypatch):
+    """Two trials under asha, one of which meets NaN; the driver is killed at the first checkpoint.
+
+    The next driver is this process: its Ray runs already. The long form starts each in a process of its own.
+    """
+    from tuning.search import tune
+
     space = write_space(tmp_path, {"optim.learning_rate": [0.001, 1e30]})
     base = base_of(corpus, tmp_path / "out", **{"optim.epochs": 4, "optim.clip_norm": 0})
     folder = tmp_path / "out" / "sweep"
@@ -549,7 +554,9 @@ def test_a_killed_sweep_goes_on_and_a_failing_trial_does_not_stop_it(corpus, tmp
     first.wait_for(at_some_validation(folder, 1))
     first.kill()
     before = Sweep.load(str(folder))
-    text = Driver(tmp_path, base, **options, resume=True).result()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    text = tune(Request(base, **options, resume=True)).text
     sweep = Sweep.load(str(folder))
     assert [trial.status for trial in sweep.trials] == ["finished", "failed"]
     assert "is not finite" in sweep.trials[1].reason
