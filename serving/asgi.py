@@ -13,6 +13,7 @@ from serving.replies import Header, head
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_PORT = re.compile(r":\d*$")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -27,6 +28,8 @@ class Head:
     authorization: bytes = b""
     version: str | None = None
     """Label of the version that is asked for."""
+    host: str = ""
+    """The name that the client has for this service, without the port."""
 
 
 def read_head(scope: Scope) -> Head:
@@ -41,6 +44,8 @@ def read_head(scope: Scope) -> Head:
             found.authorization = value
         elif name == b"x-triptych-version":
             found.version = value.decode("latin-1") or None
+        elif name == b"host":
+            found.host = _PORT.sub("", value.decode("latin-1")).lower()
         elif name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             found.request_id = value
     found.request_id = found.request_id or uuid.uuid4().hex.encode()

@@ -50,11 +50,16 @@ class Door:
         metrics: Metrics | None = None,
         executor: Executor | None = None,
         fetcher: Fetcher | None = None,
+        hosts: frozenset[str] = frozenset(),
     ) -> None:
-        """`keys`: who may ask, everybody where there are none. `executor` decodes pictures: two threads by default."""
+        """`keys`: who may ask, everybody where there are none. `executor`: threads that decode pictures, two.
+
+        `hosts`: names of the service that a request may carry, any where there are none: without keys a web page could
+        otherwise have its own name point here, and read the replies (DNS rebinding).
+        """
         self._desk = desk
         self._config = config or DoorConfig()
-        self._keys = keys or Keys({})
+        self._keys, self._hosts = keys or Keys({}), hosts
         self._metrics = metrics or Metrics()
         quiet_decoders()
         decoder = Decoder(self._config, executor or ThreadPoolExecutor(2, "decode"))
@@ -134,17 +139,20 @@ class Door:
         self, route: Route, asked: Head, receive: Receive, place: Place, headers: list[Header]
     ) -> bytes:
         """The reply's body; `headers` gets the version that it comes from as soon as that is known."""
-        self._check_key(asked)
+        self._check_caller(asked)
         content = await read_body(receive, asked.content_length, self._limit, self._config.body_seconds, place)
         with self._use(asked.version) as set:
             headers += model_headers(set.description)
             with watched(receive):
                 return await route(set, content, asked.content_type, self._tools)
 
-    def _check_key(self, asked: Head) -> None:
+    def _check_caller(self, asked: Head) -> None:
         if self._keys and self._keys.who(asked.authorization) is None:
             message = "a key is needed: send Authorization: Bearer KEY"
             raise Refusal(401, "invalid_api_key", message, None, [(b"www-authenticate", b"Bearer")])
+        if self._hosts and asked.host not in self._hosts:
+            message = f"without keys this service answers as {', '.join(sorted(self._hosts))} only"
+            raise Refusal(401, "host_not_allowed", message)
 
     @contextmanager
     def _use(self, version: str | None) -> Iterator[ModelSet]:
@@ -193,7 +201,7 @@ class Door:
 
         try:
             if path not in _OPEN:
-                self._check_key(asked)
+                self._check_caller(asked)
             await self._cold(scope, receive, labelled)
         except Exception as error:
             refusal = self._refusal(error, asked)

@@ -32,6 +32,7 @@ from serving.sets import HandleSet, open_set
 logger = logging.getLogger("ray.serve")
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Variable of prometheus_client: processes that write there are one to whoever reads."""
+LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
 _WAIT, _SOON = 2.0, 0.1
 _DRAIN_SECONDS = 20.0
 
@@ -90,7 +91,9 @@ class Gateway:
         self.metrics = Metrics()
         self.desk = Desk()
         door = self._config.door
-        self.door = Door(self.desk, door, read_keys(door.api_keys), self.metrics)
+        keys = read_keys(door.api_keys)
+        hosts = frozenset() if keys or self._config.allow_open else LOOPBACK | {self._config.host}
+        self.door = Door(self.desk, door, keys, self.metrics, hosts=hosts)
         self._server: uvicorn.Server | None = None
         self._listening: asyncio.Task[None] | None = None
         self._following = asyncio.get_running_loop().create_task(self._follow())

@@ -313,6 +313,16 @@ def test_with_keys_only_the_page_health_and_the_document_are_open(desk: StandInD
         assert one(door, path, method="GET").status == 200
 
 
+def test_a_service_without_keys_answers_under_its_own_names_only(desk: StandInDesk) -> None:
+    door = Door(desk, hosts=frozenset(("localhost", "[::1]")))
+    for host in ("localhost", "localhost:8000", "LOCALHOST:1", "[::1]", "[::1]:8000"):
+        assert one(door, "/v1/embeddings", {"input": "red"}, headers={"host": host}).status == 200
+    for host in ("rebound.example", "rebound.example:8000", "localhost.example", ""):
+        refused = one(door, "/v1/embeddings", {"input": "red"}, headers={"host": host})
+        assert (refused.status, refused.json["error"]["code"]) == (401, "host_not_allowed")
+        assert one(door, "/v1/models", method="GET", headers={"host": host}).status == 401
+
+
 async def never() -> dict[str, Any]:
     raise AssertionError("the body was read")
 

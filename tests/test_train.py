@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -256,6 +257,68 @@ def test_a_killed_driver_goes_on_by_hand_from_a_bucket_with_another_number_of_wo
     again = evaluate_model(run, f"{bucket}/data/val")
     stored = json.loads(storage.read_bytes(f"{run}/metrics.json"))
     assert {f"val/{name}": value for name, value in again.items()} == pytest.approx(stored)
+
+
+def ray_processes(kind: str) -> list[int]:
+    """Ids of the Ray processes of one kind that descend from this one (other Rays on the machine are left alone)."""
+    listing = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    table = [(int(line.split()[0]), int(line.split()[1]), line) for line in listing.splitlines()]
+    family = {os.getpid()}
+    for _ in range(5):
+        family |= {pid for pid, parent, _ in table if parent in family}
+    return [pid for pid, _, line in table if pid in family and f"ray::{kind}" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_workers_killed_from_outside_cost_no_sample_and_none_is_trained_twice(ray_local, corpus, tmp_path):
+    """Whenever it comes: one kill as soon as the first checkpoint is registered, one at the third."""
+    run, killed = str(tmp_path / "outside"), []
+
+    def kill() -> None:
+        for count, place in ((1, -1), (3, 0)):
+            deadline = time.monotonic() + 200
+            while time.monotonic() < deadline and (not listed_checkpoints(run) or reports(run) < count):
+                time.sleep(0.05)
+            killed.append(ray_processes("RayTrainWorker")[place])
+            os.kill(killed[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    changes = {"name": "outside", "optim.epochs": 6, "checkpoints.every": 1 / 6}
+    fit(experiment("both-tiny", corpus, tmp_path, **KILLED | changes))
+    killer.join()
+    counts = trained_ids(run)
+    assert len(set(killed)) == 2
+    assert set(counts) == expected_ids(run, epochs=6) and set(counts.values()) == {1}
+
+
+def reports(run: str) -> int:
+    """Checkpoints registered so far, those included that have gone since."""
+    return round(listed_checkpoints(run)[-1].metrics["samples_seen"] / PAIRS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_command_killed_from_outside_is_repeated_with_resume(corpus, tmp_path):
+    """Both times the command line itself, with a Ray of its own, on a local folder."""
+    words = train_words(f"{corpus}/train", f"{corpus}/val", str(tmp_path), preset="clip-tiny")
+    words += ["--name", "by-hand", "--optim.epochs", "8", "--optim.batch-size", "8", "--checkpoints.every", "0.1"]
+    command = [sys.executable, "-m", "pipelines.cli", *words, "--pairs.record-ids"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": "/tmp"}
+    environment.pop("RAY_ADDRESS", None)
+    run = str(tmp_path / "by-hand")
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as driver:
+        deadline = time.monotonic() + 200
+        while not listed_checkpoints(run) and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert driver.poll() is None, "the run ended before it could be killed"
+        os.killpg(driver.pid, signal.SIGKILL)
+    again = [*command, "--resume", "--compute.workers", "2"]
+    finished = subprocess.run(again, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert finished.returncode == 0, finished.stderr
+    counts = trained_ids(run)
+    assert set(counts) == expected_ids(run, epochs=8) and set(counts.values()) == {1}
 
 
 def one_line(capsys) -> str:
