@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ray
 import ray.data
-from ray.data.checkpoint import CheckpointConfig
+from ray.data.checkpoint import CheckpointConfig, IdColumnCheckpointManager
 from ray.experimental.internal_kv import _internal_kv_get
 
 from models.checkpoint import PACKAGE_FORMAT, Package, load_package
@@ -24,22 +25,19 @@ from pipelines import cluster, storage
 from pipelines.capacity import STATUS_KEY, is_scaled
 from pipelines.config import ExperimentConfig
 from pipelines.embed_sink import SKIPPED, VectorSink
-from pipelines.embed_stages import KEY, PACKAGE_FILES, Encoder, prepare, read_raw
+from pipelines.embed_stages import KEY, PACKAGE_FILES, Encoder, read_prepared
 from pipelines.ingest import BLOCK_BYTES, NO_PROGRESS_SECONDS, Pause, PrepareSettings, UnitsDatasource
 from pipelines.manifest import Manifest, build_manifest
 from pipelines.package import package_of, read_experiment
 from pipelines.plan import bundle
 from pipelines.rerank import BATCH
 from pipelines.thumbnails import SIDE
-from pipelines.units import Unit
-from pipelines.vectors import PROGRESS, VECTORS, Job, claim, complete, remaining
+from pipelines.vectors import PROGRESS, VECTORS, Job, claim, complete, finished
 
-DECODED_ROWS = 64
 ENCODER_CPUS = 0.5
 """Logical CPUs of an encoding process on CPUs: less than one, so that reading always has room."""
 FEWEST_ROWS, MOST_ROWS = 256, 8192
 """Samples of one file: a sixteenth of all within these bounds. What a killed job had not written is encoded again."""
-_FILTER_BYTES = 384 * 2**20  # memory set aside for a process with the ids of a resumed job, at least; Ray's is 1 GiB
 _QUIET = {
     "ray.data": logging.WARNING,
     "ray.data._internal.progress": logging.ERROR,
@@ -121,15 +119,15 @@ def embed(  # the command line's options, no more
         job = _job(package, manifest, thumbnails, npy)
         about, encoded = claim(out, job), 0
         if about is None:
-            units, done = remaining(out, manifest)
-            encoded = manifest.count - done
-            if units:
+            done = finished(out)
+            encoded = manifest.count - len(done)
+            if encoded:
                 cluster.connect()
                 _check_gpus(gpus)
                 logger.info("embed: %s of %s samples to encode", f"{encoded:,}", f"{manifest.count:,}")
                 files = ray.put({name: (folder / name).read_bytes() for name in PACKAGE_FILES})
                 settings = PrepareSettings.of(experiment, package.tokenizer.to_json())
-                _run(out, manifest, units, _Plan(settings, files, job.thumbnails, workers, gpus))
+                _run(out, manifest, done, _Plan(settings, files, job.thumbnails, workers, gpus))
             about = complete(out, job, manifest, experiment.pairs.max_skipped)
     return _result(out, about, encoded, time.monotonic() - started)
 
@@ -159,36 +157,73 @@ def _experiment_of(model: str) -> ExperimentConfig:
 
 
 def _check_gpus(gpus: bool) -> None:
-    there = ray.cluster_resources().get("GPU", 0)
-    labels = [node["Labels"] for node in ray.nodes() if node["Alive"]]
-    if gpus and not there and not is_scaled(labels, _internal_kv_get(STATUS_KEY)):
+    if gpus and not ray.cluster_resources().get("GPU", 0) and not _grows():
         raise InputError("--gpus: the cluster has no GPU, and nothing adds nodes; leave it out to encode on CPUs")
 
 
-def _run(out: str, manifest: Manifest, units: list[Unit], plan: _Plan) -> None:
-    """Everything that is left, to files; what Ray Data has noted as written is left out after it is read."""
+def _grows() -> bool:
+    """Whether more nodes come when tasks wait."""
+    return is_scaled([node["Labels"] for node in ray.nodes() if node["Alive"]], _internal_kv_get(STATUS_KEY))
+
+
+def _run(out: str, manifest: Manifest, done: np.ndarray, plan: _Plan) -> None:
+    """Everything but the samples in `done` (sorted keys), to files; Ray Data notes what is written."""
     folder = storage.join(out, VECTORS)
     system, path = storage.filesystem(folder)
     if storage.is_local(folder):
         with storage.errors_about(folder):
             system.create_dir(f"{path}/{SKIPPED}", recursive=True)
-    dataset = _dataset(manifest, units, plan)
-    dataset.context.checkpoint_config = _progress(storage.join(out, PROGRESS))
+    dataset = _dataset(_works(manifest, done, plan.thumbnails), plan)
+    system, path = storage.filesystem(storage.join(out, PROGRESS))
+    dataset.context.checkpoint_config = CheckpointConfig(
+        KEY,
+        path,
+        override_filesystem=system,
+        delete_checkpoint_on_success=False,  # the folder is not complete yet
+        checkpoint_manager_cls=_Progress,
+    )
     rows = min(max(-(-manifest.count // 16), FEWEST_ROWS), MOST_ROWS)
     sink = VectorSink(folder, rows, bool(plan.thumbnails))
     with _one_line():
         dataset.write_datasink(sink, ray_remote_args={"num_cpus": plan.settings.cpus})
 
 
-def _dataset(manifest: Manifest, units: list[Unit], plan: _Plan) -> ray.data.Dataset:
-    works: list[Any] = [
-        (partial(read_raw, [manifest.units[number] for number in group.units]), group.count) for group in bundle(units)
-    ]
+class _Progress(IdColumnCheckpointManager):  # type: ignore[misc]  # Ray is not typed
+    """Ray Data's record of the rows that are written, restored by us.
+
+    Its own way reads every file again, and sends all rows through a process that drops those that are done. What is
+    done is known before reading here, so that whole files can be left out. Files of writes that did not end still go.
+    """
+
+    def load_checkpoint(
+        self, data_file_dir: str | None = None, data_file_filesystem: Any = None
+    ) -> tuple[ray.ObjectRef | None, int]:
+        """Nothing to filter by."""
+        self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
+        return None, 0
+
+
+def _works(manifest: Manifest, done: np.ndarray, thumbnail_side: int) -> list[Any]:
+    """(what a read task does, its samples) for all that is not done."""
+    counts = np.bincount(done >> 32, minlength=len(manifest.units))
+    left = [unit for unit in manifest.units if counts[unit.unit] < unit.count]
+    works = []
+    for group in bundle(left):
+        parts = [done[slice(*np.searchsorted(done, [unit << 32, (unit + 1) << 32]))] for unit in group.units]
+        units, known = [manifest.units[unit] for unit in group.units], np.concatenate(parts)
+        works.append((partial(read_prepared, units, known, thumbnail_side), group.count - len(known)))
+    return works
+
+
+def _dataset(works: list[Any], plan: _Plan) -> ray.data.Dataset:
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(level)
-    cpus = {"num_cpus": plan.settings.cpus}
+    cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
     dataset = ray.data.read_datasource(
-        UnitsDatasource(works, plan.settings), num_cpus=plan.settings.cpus, override_num_blocks=len(works)
+        UnitsDatasource(works, plan.settings),
+        num_cpus=plan.settings.cpus,
+        concurrency=None if _grows() else min(len(works), cores),  # each more costs a process
+        override_num_blocks=len(works),
     )
     context = dataset.context
     context.execution_options.preserve_order = True
@@ -196,13 +231,6 @@ def _dataset(manifest: Manifest, units: list[Unit], plan: _Plan) -> ray.data.Dat
     context.custom_execution_callback_classes = [Pause]
     context.target_max_block_size = BLOCK_BYTES
     context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
-    dataset = dataset.map_batches(
-        prepare,
-        batch_size=DECODED_ROWS,
-        batch_format="pyarrow",
-        fn_kwargs={"settings": plan.settings, "thumbnail_side": plan.thumbnails},
-        **cpus,
-    )
     return dataset.map_batches(
         Encoder,
         batch_size=BATCH,
@@ -212,14 +240,6 @@ def _dataset(manifest: Manifest, units: list[Unit], plan: _Plan) -> ray.data.Dat
         num_cpus=ENCODER_CPUS,
         num_gpus=1 if plan.gpus else 0,
     )
-
-
-def _progress(uri: str) -> CheckpointConfig:
-    """Ray Data's own record of the rows that are written, kept until the whole folder is complete."""
-    system, path = storage.filesystem(uri)
-    config = CheckpointConfig(KEY, path, override_filesystem=system, delete_checkpoint_on_success=False)
-    config.checkpoint_actor_memory_bytes = _FILTER_BYTES
-    return config
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Axes: B rows, S image side, D width of the joint space.
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,21 +24,6 @@ KEY = "sample"
 """int64: unit * 2**32 + ordinal. Which samples are done is kept as these."""
 PACKAGE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
 _ROWS = 64
-_RAW = pa.schema(
-    [
-        (KEY, pa.int64()),
-        ("unit", pa.int32()),
-        ("ordinal", pa.int32()),
-        ("id", pa.string()),
-        ("uri", pa.string()),
-        ("image", pa.large_binary()),
-        ("captions", pa.list_(pa.string())),
-        ("image_id", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-    ]
-)
-"""The fields of a `Sample`, and its key."""
 
 
 def sample_key(unit: int, ordinal: int) -> int:
@@ -47,23 +31,23 @@ def sample_key(unit: int, ordinal: int) -> int:
     return (unit << 32) + ordinal
 
 
-def read_raw(units: Sequence[Unit], settings: PrepareSettings) -> Iterator[pa.Table]:
-    """The units' samples as they are stored, in order."""
+def read_prepared(
+    units: Sequence[Unit], done: np.ndarray, thumbnail_side: int, settings: PrepareSettings
+) -> Iterator[pa.Table]:
+    """The units' samples in order, prepared, without those whose key is in `done` (int64, sorted)."""
     samples = read_units(units, settings.pairs)
-    for start in range(0, len(samples), _ROWS):
-        rows = samples[start : start + _ROWS]
-        columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in Sample._fields}
-        columns[KEY] = [sample_key(row.unit, row.ordinal) for row in rows]
-        yield pa.table([columns[name] for name in _RAW.names], schema=_RAW)
+    keys = np.array([sample_key(sample.unit, sample.ordinal) for sample in samples], np.int64)
+    left = [sample for sample, skip in zip(samples, np.isin(keys, done), strict=True) if not skip]
+    for start in range(0, len(left), _ROWS):
+        yield prepare(left[start : start + _ROWS], settings, thumbnail_side)
 
 
-def prepare(table: pa.Table, settings: PrepareSettings, thumbnail_side: int) -> pa.Table:
+def prepare(samples: Sequence[Sample], settings: PrepareSettings, thumbnail_side: int) -> pa.Table:
     """Decode and clean, exactly as evaluation does.
 
-    Adds `pixels` (S x S x 3 bytes), `clean` (list of clean captions), `written` (the same captions as they were
-    written), `thumbnail` (JPEG, null without), and replaces `image_id` by its hash int64; `image` and `captions` go.
+    Columns: KEY, unit, ordinal, id, uri, image_id (hash, int64), reason, detail, `pixels` (S x S x 3 bytes), `clean`
+    (list of clean captions), `written` (the same captions as they were written), `thumbnail` (JPEG; null without).
     """
-    samples = [Sample(**{name: row[name] for name in Sample._fields}) for row in table.to_pylist()]
     columns = prepare_eval(samples, settings)
     bad, words = columns["reason"] != "", settings.pairs.max_caption_words
     written = [
@@ -75,13 +59,12 @@ def prepare(table: pa.Table, settings: PrepareSettings, thumbnail_side: int) -> 
         for sample, skip in zip(samples, bad, strict=True)
     ]
     clean = [[] if skip else texts for texts, skip in zip(columns["captions"].tolist(), bad, strict=True)]
-    kept = {name: table.column(name) for name in (KEY, "unit", "ordinal", "id", "uri")}
+    texts = {name: pa.array(columns[name].tolist(), pa.string()) for name in ("id", "uri", "reason", "detail")}
     return pa.table(
-        kept
-        | {
-            "image_id": pa.array(columns["image_id"], pa.int64()),
-            "reason": pa.array(columns["reason"].tolist(), pa.string()),
-            "detail": pa.array(columns["detail"].tolist(), pa.string()),
+        {
+            KEY: pa.array([sample_key(sample.unit, sample.ordinal) for sample in samples], pa.int64()),
+            **{name: pa.array(columns[name]) for name in ("unit", "ordinal", "image_id")},
+            **texts,
             "pixels": _as_bytes(columns["image"]),
             "clean": pa.array(clean, pa.list_(pa.string())),
             "written": pa.array(written, pa.list_(pa.string())),

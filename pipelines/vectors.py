@@ -13,7 +13,6 @@ Axes: R rows, D width of the joint space.
 import io
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from pipelines.embed_sink import SKIPPED
 from pipelines.embed_stages import KEY, sample_key
 from pipelines.ledger import LEDGER, check_balance, check_skipped, read_ledger, reasons_of, write_ledger
 from pipelines.manifest import Manifest
-from pipelines.units import Unit
 
 FORMAT = "triptych-vectors-1"
 COMPLETE, BEGUN = "vectors.json", "_embed.json"
@@ -100,17 +98,15 @@ def _read_json(uri: str) -> dict[str, Any]:
         raise InputError(f"{storage.redact(uri)}: damaged; delete the folder, or name another --out") from error
 
 
-def remaining(out: str, manifest: Manifest) -> tuple[list[Unit], int]:
-    """The units that are not wholly done, and the number of samples that are done."""
+def finished(out: str) -> np.ndarray:
+    """Keys of the samples that are written, or in the ledger: int64, sorted, each once."""
     progress = storage.join(out, PROGRESS)
     if not storage.exists(progress):
-        return manifest.units, 0
+        return np.empty(0, np.int64)
     files = [info.uri for info in storage.listing(progress) if not info.uri.endswith(".pending.parquet")]
     with ThreadPoolExecutor(_READERS) as pool:
         tables = list(pool.map(lambda uri: pq.read_table(pa.BufferReader(storage.read_bytes(uri))), files))
-    keys = np.unique(np.concatenate([[], *(table.column(KEY).to_numpy() for table in tables)]).astype(np.int64))
-    done = Counter((keys >> 32).tolist())
-    return [unit for unit in manifest.units if done[unit.unit] < unit.count], len(keys)
+    return np.unique(np.concatenate([np.empty(0, np.int64), *(table.column(KEY).to_numpy() for table in tables)]))
 
 
 def complete(out: str, job: Job, manifest: Manifest, max_skipped: float) -> dict[str, Any]:

@@ -164,7 +164,7 @@ class Gateway:
         listener = shared_socket(self._config.host, self._config.port)
         settings = uvicorn.Config(
             self.door, interface="asgi3", access_log=False, log_config=None, timeout_keep_alive=75, backlog=2048,
-            server_header=False, lifespan="off",
+            server_header=False, lifespan="off", proxy_headers=False,
         )  # fmt: skip
         self._server = uvicorn.Server(settings)
         self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]  # SIGTERM is Ray's

@@ -45,12 +45,7 @@ class Source:
         Raises InputError where a file is missing, damaged or not what `vectors.json` says.
         """
         for name, expected in self.files.items():
-            rows = 0
-            for batch in _batches(self.folder / name, columns):
-                rows += len(batch)
-                yield batch
-            if rows != expected:
-                raise InputError(f"{self.folder}: {name} has {rows:,} rows instead of {expected:,}; embed again")
+            yield from _batches(self.folder / name, columns, expected)
 
 
 def open_source(folder: Path) -> Source:
@@ -80,9 +75,12 @@ def open_source(folder: Path) -> Source:
     return source
 
 
-def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, columns: Sequence[str], expected: int) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path) as file:
+            rows = file.metadata.num_rows
+            if rows != expected:
+                raise InputError(f"{path}: {rows:,} rows instead of {expected:,}; embed again")
             there = [name for name in columns if name in file.schema_arrow.names]
             missing = [name for name in columns if name in COLUMNS and name not in there]
             if missing:

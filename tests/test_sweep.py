@@ -5,7 +5,6 @@ import json
 import os
 import queue
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow.parquet as pq
 import pytest
@@ -481,6 +480,14 @@ class Driver:
             words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=self.errors, start_new_session=True
         )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """None outlives a test that fails."""
+        self.kill()
+        self.errors.close()
+
     def wait_for(self, happened: Callable[[], bool], seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while not happened():
@@ -490,7 +497,7 @@ class Driver:
 
     def kill(self) -> None:
         """kill -9 of the driver itself; Ray's processes see for themselves."""
-        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
 
     def result(self, seconds: float = 280) -> str:
@@ -550,9 +557,8 @@ def test_a_killed_sweep_goes_on_and_a_failing_trial_does_not_stop_it(ray_local, 
     base = base_of(corpus, tmp_path / "out", **{"optim.epochs": 4, "optim.clip_norm": 0})
     folder = tmp_path / "out" / "sweep"
     options = {"space": space, "scheduler": "asha"}
-    first = Driver(tmp_path, base, **options)
-    first.wait_for(at_some_validation(folder, 1))
-    first.kill()
+    with Driver(tmp_path, base, **options) as first:
+        first.wait_for(at_some_validation(folder, 1))
     before = Sweep.load(str(folder))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -577,10 +583,10 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_if_it_had_not_been(corpu
     folder = tmp_path / "out" / "sweep"
     options = {"space": space, "scheduler": scheduler, "repeats": 1}
     for number, validations in enumerate((1, 4, 7)):
-        driver = Driver(tmp_path, base, **options, resume=number > 0)
-        driver.wait_for(at_some_validation(folder, validations), 400)
-        driver.kill()
-    Driver(tmp_path, base, **options, resume=True).result(900)
+        with Driver(tmp_path, base, **options, resume=number > 0) as driver:
+            driver.wait_for(at_some_validation(folder, validations), 400)
+    with Driver(tmp_path, base, **options, resume=True) as driver:
+        driver.result(900)
     sweep = Sweep.load(str(folder))
     assert [trial.trial_id for trial in sweep.trials] == [f"t0{n}" for n in range(5)]
     counts = Counter(trial.status for trial in sweep.trials)
