@@ -50,8 +50,8 @@ class BatchConfig(Config):
     linger: NonNegativeFloat = 0.004
     """Seconds to wait for more while passes are under way; an idle encoder is called at once."""
     inflight: PositiveInt = 2
-    """Batches of one gateway that are under way at once. All gateways together should keep every pass of the replicas busy
-    and one more waiting; more only makes batches smaller."""
+    """Batches of one gateway that are under way at once. All gateways together should keep every pass of the replicas
+    busy and one more waiting; more only makes batches smaller."""
     queue_share: PositiveFloat = 0.5
     """Share of the deadline that may be spent waiting: who would wait longer gets 429."""
     max_queue: PositiveInt = 4096

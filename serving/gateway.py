@@ -157,8 +157,12 @@ class Gateway:
             self._failed[name] = f"{type(error).__name__}: {error}"
             logger.warning("cannot open %s: %s", name, self._failed[name])
             return
-        opened.start(self._config, self.metrics.batch)
+        opened.start(self._config, self._observe)
         self.desk.sets[name], self._wanted[name] = opened, wanted
+
+    def _observe(self, kind: str, rows: int, seconds: float, waited: float) -> None:
+        self.metrics.batch(kind, rows, seconds, waited)
+        self.metrics.queue(kind, sum(one.queues[kind] for one in self.desk.sets.values()))
 
     def _listen(self) -> None:
         listener = shared_socket(self._config.host, self._config.port)
