@@ -92,7 +92,7 @@ class _Plan:
     gpus: bool
 
 
-def embed(  # the command line's options, no more
+def embed(
     model: str,
     data: str,
     out: str,

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import jpeg, make_pairs, write_parquet_pairs, write_tar_pairs
+from conftest import encoded, jpeg, make_pairs, write_parquet_pairs, write_tar_pairs
 from PIL import Image
 from servable import save_small
 
@@ -27,6 +27,7 @@ from pipelines.evaluate import encode
 from pipelines.ingest import PrepareSettings, read_eval
 from pipelines.ledger import ledger_rows, read_ledger, write_ledger
 from pipelines.manifest import build_manifest
+from pipelines.thumbnails import thumbnail
 from pipelines.vectors import Job, claim, complete
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +130,21 @@ def test_thumbnails_are_small_jpegs_of_the_picture(done):
             assert small.format == "JPEG" and small.size == (32, 32)
             original = Image.open(io.BytesIO(rows[int(row["id"][3:])]["image"]))
             assert np.abs(np.asarray(small).astype(int) - np.asarray(original).astype(int)).mean() < 8
+
+
+def test_a_thumbnail_is_upright_without_metadata_and_never_enlarged():
+    halves = Image.new("RGB", (800, 400), "red")
+    halves.paste("blue", (400, 0, 800, 400))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: red above, blue below
+    exif[0x010E] = "where it was taken"
+    small = Image.open(io.BytesIO(thumbnail(encoded(halves, "JPEG", exif=exif, comment=b"secret"))))
+    assert small.size == (80, 160) and not small.getexif() and "comment" not in small.info
+    assert small.getpixel((40, 20))[0] > 200 and small.getpixel((40, 140))[2] > 200
+    clear = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
+    small = Image.open(io.BytesIO(thumbnail(encoded(clear, "PNG"))))
+    assert small.size == (30, 20) and small.getpixel((5, 5)) == (255, 255, 255)
+    assert thumbnail(jpeg(1)[:200]) is None and thumbnail(b"") is None
 
 
 def test_the_npy_files_hold_the_same_rows_in_clip_retrievals_layout(done):
@@ -312,6 +328,7 @@ embed.embed({package!r}, {data!r}, {out!r})
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_job_killed_at_any_moment_goes_on_and_ends_complete(package, tmp_path):
     data, out = tmp_path / "data", tmp_path / "out"
     write_corpus(data, 3000)

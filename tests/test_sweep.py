@@ -546,7 +546,10 @@ def everything(store: str) -> list[str]:
     return [run.info.run_id for run in client.search_runs([e.experiment_id for e in client.search_experiments()])]
 
 
-def test_a_killed_sweep_goes_on_and_a_failing_trial_does_not_stop_it(ray_local, corpus, tmp_path, monkeypatch):
+@pytest.mark.timeout(600)
+def test_a_killed_sweep_goes_on_and_a_failing_trial_does_not_stop_it(
+    ray_local, corpus, tmp_path, monkeypatch, empty_mlflow
+):
     """Two trials under asha, one of which meets NaN; the driver is killed at the first checkpoint.
 
     The next driver is this process: its Ray runs already. The long form starts each in a process of its own.
@@ -556,6 +559,7 @@ def test_a_killed_sweep_goes_on_and_a_failing_trial_does_not_stop_it(ray_local, 
     space = write_space(tmp_path, {"optim.learning_rate": [0.001, 1e30]})
     base = base_of(corpus, tmp_path / "out", **{"optim.epochs": 4, "optim.clip_norm": 0})
     folder = tmp_path / "out" / "sweep"
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     options = {"space": space, "scheduler": "asha"}
     with Driver(tmp_path, base, **options) as first:
         first.wait_for(at_some_validation(folder, 1))

@@ -232,6 +232,7 @@ main(words)
 """
 
 
+@pytest.mark.timeout(600)
 def test_a_killed_driver_goes_on_by_hand_from_a_bucket_with_another_number_of_workers(ray_local, s3, corpus):
     """The driver dies with its Ray; data, checkpoints and package are in the bucket alone."""
     bucket = s3.bucket()
