@@ -24,8 +24,9 @@ from models.config import InputError
 from pipelines import cluster, storage
 from pipelines.capacity import STATUS_KEY, is_scaled
 from pipelines.config import ExperimentConfig
+from pipelines.embed_encoder import PACKAGE_FILES, Encoder
 from pipelines.embed_sink import SKIPPED, VectorSink
-from pipelines.embed_stages import KEY, PACKAGE_FILES, Encoder, read_prepared
+from pipelines.embed_stages import KEY, read_prepared
 from pipelines.ingest import BLOCK_BYTES, NO_PROGRESS_SECONDS, Pause, PrepareSettings, UnitsDatasource
 from pipelines.manifest import Manifest, build_manifest
 from pipelines.package import package_of, read_experiment

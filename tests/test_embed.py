@@ -22,7 +22,8 @@ from pipelines import embed as embed_module
 from pipelines import storage
 from pipelines.config import ExperimentConfig, PairsConfig
 from pipelines.embed import embed
-from pipelines.embed_stages import Encoder
+from pipelines.embed_encoder import Encoder, _as_pixels
+from pipelines.embed_stages import _as_bytes
 from pipelines.evaluate import encode
 from pipelines.ingest import PrepareSettings, read_eval
 from pipelines.ledger import ledger_rows, read_ledger, write_ledger
@@ -158,6 +159,14 @@ def test_the_npy_files_hold_the_same_rows_in_clip_retrievals_layout(done):
     assert metadata.column_names[:2] == ["image_path", "caption"]
     assert metadata["image_path"].to_pylist() == table["uri"].to_pylist()
     assert metadata["caption"].to_pylist() == table["caption"].to_pylist()
+
+
+def test_pixels_travel_through_tables_that_are_cut_and_joined():
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 5, 3), np.uint8)
+    whole = pa.table({"pixels": _as_bytes(pixels)})
+    np.testing.assert_array_equal(_as_pixels(whole.slice(2, 4)["pixels"], 5), pixels[2:6])
+    joined = pa.concat_tables([whole.slice(5), whole.slice(0, 3)])
+    np.testing.assert_array_equal(_as_pixels(joined["pixels"], 5), np.concatenate([pixels[5:], pixels[:3]]))
 
 
 def test_the_folder_says_whose_it_is_and_nothing_of_the_job_is_left(done, package):
