@@ -48,7 +48,7 @@ from pipelines.synthetic import CorpusConfig, synthesize
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
 BATCH, THREADS, SIDE = 64, 2, 128
-RISING = {1: (1, 4, 16, 64, 128), 32: (1, 4, 16)}
+RISING = {1: (1, 8, 32, 128), 32: (1, 4, 16)}
 """Inputs a request: concurrent requests; the last is taken for saturation."""
 KINDS = ("text", "image")
 

@@ -59,7 +59,7 @@ class Job:
         """Why a folder is another job's; "" where it is this one's."""
         names = {
             "embedding_space": "embedding space",
-            "manifest": "data (hash of its index)",
+            "manifest": "hash of the data's index",
             "thumbnails": "thumbnails of side",
             "npy": "npy files",
         }

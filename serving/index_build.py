@@ -94,7 +94,10 @@ def build_index(
     with ExitStack() as stack:
         source = open_source(_local(vectors, files, stack))
         folder = Path(out) if "://" not in out else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{out}: no folder can be made there ({error.strerror})") from error
         about = _build(source, folder, kind, threads or os.cpu_count() or 1)
         if "://" in out and files:  # the file that makes the index complete comes last
             files.upload(str(folder), out)

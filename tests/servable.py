@@ -1,9 +1,13 @@
 """Small untrained packages and indexes over noise, for tests of serving: the same every time."""
 
 import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from conftest import make_pairs
 from PIL import Image
@@ -11,7 +15,9 @@ from PIL import Image
 from models.checkpoint import Package, load_package, save_package
 from models.config import EncoderConfig
 from models.encoders import DualEncoder, Heads, resolve
-from models.preprocess import CaptionTokenizer, PreprocessorConfig, train_tokenizer
+from models.preprocess import CaptionTokenizer, PreprocessorConfig, clean_caption, train_tokenizer
+from serving.forward import embed_images, embed_texts
+from serving.index_build import build_index
 
 CAPTIONS = [pair["caption"] for pair in make_pairs(40)]
 
@@ -40,3 +46,36 @@ def png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def vectors(package: Package, texts: Sequence[str]) -> np.ndarray:
+    """Vectors of captions as they are written."""
+    words, tokens = package.preprocessor.max_caption_words, package.preprocessor.max_tokens
+    return embed_texts(package, package.tokenizer.encode_rows([clean_caption(one, words) for one in texts], tokens))
+
+
+def save_index(folder: Path, package: Package, captions: Sequence[str], pixels: np.ndarray) -> str:
+    """An index of pairs in `folder`/index, of vectors as `triptych embed` leaves them; returns its path."""
+    (folder / "vectors").mkdir(parents=True)
+    sides = {"image_vector": embed_images(package, pixels), "text_vector": vectors(package, captions)}
+    columns = {
+        "id": pa.array([f"id{row}" for row in range(len(captions))]),
+        "image_id": pa.array(np.arange(len(captions), dtype=np.int64)),
+        "caption": pa.array(list(captions)),
+        "uri": pa.array([f"/pictures/{row}.png" for row in range(len(captions))]),
+        "thumbnail": pa.array([png(one) for one in pixels]),
+    }
+    for name, rows in sides.items():
+        columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
+    pq.write_table(pa.table(columns), folder / "vectors" / "0.parquet")
+    about = {
+        "format": "triptych-vectors-1",
+        "name": package.name,
+        "embedding_space": package.embedding_space,
+        "dimensions": package.config.embed_dim,
+        "manifest": "hash",
+        "files": [{"name": "vectors/0.parquet", "rows": len(captions)}],
+    }
+    (folder / "vectors.json").write_text(json.dumps(about))
+    build_index(str(folder), str(folder / "index"))
+    return str(folder / "index")

@@ -306,6 +306,12 @@ def test_an_index_is_not_written_over(vectors, flat):
         build_index(vectors[1], str(flat[0]))
 
 
+def test_a_place_that_cannot_be_a_folder_is_said(vectors, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="no folder can be made there"):
+        build_index(vectors[1], str(tmp_path / "file" / "index"))
+
+
 def test_a_build_that_did_not_end_leaves_no_index_and_can_be_repeated(vectors, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(index_build, "make_side", lambda *_: 1 / 0)
