@@ -34,7 +34,7 @@ class Doubler:
 def test_a_thousand_mixed_requests_each_get_their_own_in_order():
     async def run():
         encode = Doubler(0.001)
-        batcher = Batcher(encode, BatchConfig(max_items=16, max_queue=100_000), 300)
+        batcher = Batcher(encode, BatchConfig(max_items=16, inflight=3, max_queue=100_000), 300)
         draw = random.Random(0)
 
         async def ask(start: int) -> bool:

@@ -204,7 +204,7 @@ def test_interrupting_the_submission_stops_the_job(head, tmp_path):
         assert line, log
         log += line
     process.send_signal(signal.SIGINT)
-    log += process.communicate(timeout=60)[1]
+    log += process.communicate(timeout=200)[1]
     assert process.returncode == 130, log
     job = next(word for word in log.split() if word.startswith("raysubmit_")).rstrip(":")
     with urllib.request.urlopen(f"{head.address}/api/jobs/{job}") as reply:
