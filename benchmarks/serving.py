@@ -282,7 +282,7 @@ def main() -> None:
                     result["servers"][name] = {"at saturation": shares(package, corpus, service, options, sizes)}
                     if name == "service":
                         result["servers"][name]["rising"] = rising(corpus, service, options.seconds)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result["servers"], indent=1) + "\n")
 
 
