@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -76,8 +77,8 @@ def main() -> None:
     while not serve.get_deployment_handle("Versions", "triptych").state.remote().result()["current"]:
         time.sleep(0.5)
     time.sleep(3)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger().warning("serving behind direct ingress, ports from %d", options.port)
+    sys.stderr.write(f"serving behind direct ingress, ports from {options.port}\n")
+    sys.stderr.flush()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     stopped.wait()
     serve.shutdown()
