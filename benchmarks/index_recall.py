@@ -104,7 +104,7 @@ def measure(vectors: Path, folder: Path, kind: Kind, threads: int) -> dict[str, 
 
 
 def main() -> None:
-    """Measure all kinds at each size and write the results."""
+    """Measure all kinds at each size; what is measured is written after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 50_000, 200_000])
     parser.add_argument("--dimensions", type=int, default=256)
@@ -122,8 +122,8 @@ def main() -> None:
                 result = {"vectors": count} | measure(vectors, Path(folder) / kind, kind, options.threads)
                 results.append(result)
                 logger.info("%s", json.dumps(result))
-    document = {"machine": machine(), "dimensions": options.dimensions, "k": K, "queries": QUERIES, "results": results}
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+        document = {"machine": machine(), "dimensions": options.dimensions, "k": K, "queries": QUERIES}
+        options.out.write_text(json.dumps(document | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
