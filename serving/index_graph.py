@@ -18,7 +18,7 @@ Kind = Literal["auto", "flat", "hnsw", "ivfpq"]
 FLAT_UP_TO = 50_000
 """Vectors of a side that are all compared: a few milliseconds a query on one core."""
 HNSW_UP_TO = 2_000_000
-"""Vectors of a side for a graph (half-precision vectors and some 130 bytes each); more are quantised."""
+"""Vectors of a side for a graph (half-precision vectors and some 150 bytes each); more are quantised."""
 IVFPQ_FROM = 2_000
 """Fewer vectors cannot train a quantiser: such a side is searched exactly."""
 RECALL = 0.95
