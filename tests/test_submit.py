@@ -1,6 +1,7 @@
 import contextlib
 import http.server
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -35,7 +36,7 @@ def test_wrong_addresses_are_one_line(monkeypatch):
         with pytest.raises(InputError, match="http://HOST:8265"):
             submit(["train"], address)
     with pytest.raises(InputError, match=r"not reachable \(.*\)") as refusal:
-        submit(["data", "stats", "s3://b/train"], f"http://127.0.0.1:{free_port()}")
+        submit(["data", "stats", "s3://b/train"], f"http://127.0.0.1:{next(free_ports())}")
     assert "\n" not in str(refusal.value)
     with pytest.raises(InputError, match="--out"):  # before anything is asked of the network
         submit(["train", "tcl-tiny", "--out", "/data/runs"], FAR)
@@ -81,10 +82,11 @@ def test_the_commit_comes_from_git_or_from_the_submitter(tmp_path, monkeypatch):
     assert lineage.commit() == f"{head}-dirty"
 
 
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return server.getsockname()[1]
+def free_ports() -> Iterator[int]:
+    """Ports that nothing listens on now: below those that the system gives to connections, above Ray's workers'."""
+    for port in random.sample(range(20_000, 32_000), 1000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            yield port
 
 
 class Head(NamedTuple):
@@ -104,34 +106,36 @@ def head() -> Iterator[Head]:
         environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # jobs find `python` there
         names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
-        ports = {name: free_port() for name in names}
+        ports = dict(zip(names, free_ports(), strict=False))
         address = f"http://127.0.0.1:{ports['dashboard-port']}"
         options = ["--num-cpus=2", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
-        process = subprocess.Popen(
-            ["ray", "start", "--head", "--block", *options, *(f"--{name}={port}" for name, port in ports.items())],
-            env=environment,
-            cwd=folder,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        with Path(folder, "head.log").open("w") as log:
+            process = subprocess.Popen(
+                ["ray", "start", "--head", "--block", *options, *(f"--{name}={port}" for name, port in ports.items())],
+                env=environment,
+                cwd=folder,
+                start_new_session=True,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         try:
-            wait_for(f"{address}/api/version", process)
+            wait_for(f"{address}/api/version", process, Path(log.name))
             yield Head(address, environment)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
-    """Returns when the URL answers; fails after two minutes or when the process has ended."""
+def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Returns when the URL answers; fails after two minutes or when the process has ended, with what it said."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError):
             urllib.request.urlopen(url, timeout=5).close()
             return
         time.sleep(0.3)
-    raise AssertionError(f"no head at {url}, exit code {process.returncode}")
+    raise AssertionError(f"no head at {url}, exit code {process.returncode}: {log.read_text()}")
 
 
 SUBMIT = """
