@@ -7,7 +7,7 @@ made again.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -91,12 +91,15 @@ class Connection:
 
 
 async def closed_loop(
-    url: str, requests: Iterator[tuple[int, bytes]], clients: int, tally: Tally, check: Check | None = None
+    urls: Sequence[str], requests: Iterator[tuple[int, bytes]], clients: int, tally: Tally, check: Check | None = None
 ) -> Tally:
-    """`clients` connections, each asking the next of `requests` (number, bytes) as soon as it has its reply."""
+    """`clients` connections, each asking the next of `requests` (number, bytes) as soon as it has its reply.
 
-    async def client() -> None:
-        connection = Connection(url)
+    They are dealt to the servers at `urls` in turn.
+    """
+
+    async def client(place: int) -> None:
+        connection = Connection(urls[place % len(urls)])
         for number, data in requests:
             started = time.perf_counter()
             reply = await connection.ask(data)
@@ -105,7 +108,7 @@ async def closed_loop(
                 await asyncio.sleep(0.01)
         connection.close()
 
-    await asyncio.gather(*(client() for _ in range(clients)))
+    await asyncio.gather(*(client(place) for place in range(clients)))
     return tally
 
 

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +17,10 @@ _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 class Service:
     """A running `triptych serve`, or any other server that is a child of ours."""
 
-    def __init__(self, process: "subprocess.Popen[str]", url: str) -> None:
+    def __init__(self, process: "subprocess.Popen[str]", url: str, *others: str) -> None:
         self.process, self.url = process, url
+        self.urls = (url, *others)
+        """All places at which it listens."""
 
     def processes(self) -> dict[int, str]:
         """Title of each of its processes, Ray's included."""
@@ -84,10 +86,12 @@ def _process(command: list[str], sign: str, environment: Mapping[str, str] | Non
 
 
 @contextmanager
-def server(command: list[str], port: int, sign: str) -> Iterator[Service]:
+def server(
+    command: list[str], ports: Sequence[int], sign: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Service]:
     """Any HTTP server that writes a line beginning with `sign` to standard error once it listens."""
-    with _process(command, sign, None) as process:
-        yield Service(process, f"http://127.0.0.1:{port}")
+    with _process(command, sign, environment) as process:
+        yield Service(process, *(f"http://127.0.0.1:{port}" for port in ports))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> float:

@@ -65,7 +65,7 @@ def load(url: str, requests: list[bytes], check: Consistent) -> Iterator[Tally]:
     """CLIENTS connections asking without pause while the block runs."""
     tally, stopped = Tally(), threading.Event()
     work = until(stopped.is_set, forever(requests))
-    thread = threading.Thread(target=lambda: asyncio.run(closed_loop(url, work, CLIENTS, tally, check)))
+    thread = threading.Thread(target=lambda: asyncio.run(closed_loop([url], work, CLIENTS, tally, check)))
     thread.start()
     try:
         yield tally

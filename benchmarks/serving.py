@@ -37,6 +37,7 @@ from urllib.request import urlopen
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks import direct_ingress
 from benchmarks.load import Tally, closed_loop, forever, request, until
 from benchmarks.machine import machine
 from benchmarks.service import Service, server, spent, triptych_serve
@@ -45,6 +46,7 @@ from models.encoders import DualEncoder, Heads, resolve
 from models.preprocess import CaptionTokenizer, PreprocessorConfig, clean_caption, train_tokenizer
 from pipelines.config import PRESETS
 from pipelines.synthetic import CorpusConfig, synthesize
+from serving.start import ENVIRONMENT
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
 BATCH, THREADS, SIDE = 64, 2, 128
@@ -166,7 +168,7 @@ def ask(service: Service, bodies: list[bytes], inputs: int, clients: int, second
     def run(length: float) -> Tally:
         end = time.perf_counter() + length
         work = until(lambda: time.perf_counter() > end, forever(requests))
-        return asyncio.run(closed_loop(service.url, work, clients, Tally()))
+        return asyncio.run(closed_loop(service.urls, work, clients, Tally()))
 
     run(1.0)
     before, batches, own, started = service.cpu_seconds(), _batches(service), time.process_time(), time.perf_counter()
@@ -253,10 +255,11 @@ def servers(package: str) -> Iterator[tuple[str, Callable[[], AbstractContextMan
     """(name, how it is started, request sizes) of each server."""
     port = free_port()
     plain = [sys.executable, "-m", "benchmarks.plain_server", package, "--port", str(port)]
-    direct = [sys.executable, "-m", "benchmarks.direct_ingress", package, "--port", str(port)]
+    direct = [sys.executable, "-m", "benchmarks.direct_ingress", package]
     yield "service", lambda: triptych_serve([package], port), (1, 32)
-    yield "direct", lambda: server(direct, port, "serving behind"), (1, 32)
-    yield "plain", lambda: server(plain, port, "INFO:     Uvicorn running"), (1,)
+    switches = direct_ingress.switches()
+    yield "direct", lambda: server(direct, direct_ingress.PORTS, direct_ingress.SIGN, switches), (1, 32)
+    yield "plain", lambda: server(plain, [port], "INFO:     Uvicorn running"), (1,)
 
 
 def main() -> None:
@@ -268,7 +271,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["service", "direct", "plain"])
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= ENVIRONMENT  # the allocator's settings too: the limit and the plain server get what the service has
     with tempfile.TemporaryDirectory() as folder:
         corpus = make_corpus(Path(folder) / "data")
         package = options.package or str(Path(folder) / "package")

@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(64 * 2**20),  # see pipelines/cluster.py
     "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
     "MALLOC_TOP_PAD_": str(16 * 2**20),
+    "MALLOC_ARENA_MAX": "1",  # memory of threads that compute is otherwise given back and faulted in at every pass
 }
 _STEP = 0.2
 

@@ -150,7 +150,7 @@ def load(running: Running, clients: int, count: int = 60) -> Iterator[tuple[Tall
     inputs, requests = mixed(running.url, count)
     checker, tally, stopped = Checker(running, inputs), Tally(), threading.Event()
     work = until(stopped.is_set, forever(requests))
-    thread = threading.Thread(target=lambda: asyncio.run(closed_loop(running.url, work, clients, tally, checker)))
+    thread = threading.Thread(target=lambda: asyncio.run(closed_loop([running.url], work, clients, tally, checker)))
     thread.start()
     try:
         yield tally, checker
@@ -168,7 +168,7 @@ def wait_for_answers(tally: Tally, count: int, seconds: float = 60) -> None:
 def test_a_thousand_mixed_requests_each_get_the_evaluated_vectors_in_order(running):
     inputs, requests = mixed(running.url, 1000)
     checker = Checker(running, inputs)
-    tally = asyncio.run(closed_loop(running.url, iter(list(enumerate(requests))), 64, Tally(), checker))
+    tally = asyncio.run(closed_loop([running.url], iter(list(enumerate(requests))), 64, Tally(), checker))
     assert tally.wrong == [] and tally.statuses == {200: 1000}
     assert len(checker.seen) == 1
 
