@@ -91,9 +91,14 @@ class Connection:
 
 
 async def closed_loop(
-    urls: Sequence[str], requests: Iterator[tuple[int, bytes]], clients: int, tally: Tally, check: Check | None = None
+    urls: Sequence[str],
+    requests: Iterator[tuple[int, bytes]],
+    clients: int,
+    tally: Tally,
+    check: Check | None = None,
+    pause: float = 0.0,
 ) -> Tally:
-    """`clients` connections, each asking the next of `requests` (number, bytes) as soon as it has its reply.
+    """`clients` connections, each asking the next of `requests` (number, bytes) `pause` seconds after its reply.
 
     They are dealt to the servers at `urls` in turn.
     """
@@ -104,8 +109,8 @@ async def closed_loop(
             started = time.perf_counter()
             reply = await connection.ask(data)
             tally.add(reply.status, time.perf_counter() - started, check(number, reply) if check else "")
-            if not reply.status:
-                await asyncio.sleep(0.01)
+            if pause or not reply.status:
+                await asyncio.sleep(max(pause, 0.01))
         connection.close()
 
     await asyncio.gather(*(client(place) for place in range(clients)))

@@ -146,11 +146,15 @@ class Checker:
 
 @contextmanager
 def load(running: Running, clients: int, count: int = 60) -> Iterator[tuple[Tally, Checker]]:
-    """Mixed requests without pause from `clients` connections, every reply checked, while the block runs."""
+    """Mixed requests from `clients` connections, every reply checked, while the block runs.
+
+    They leave some of the processors to whatever loads meanwhile; without a pause a move takes minutes.
+    """
     inputs, requests = mixed(running.url, count)
     checker, tally, stopped = Checker(running, inputs), Tally(), threading.Event()
     work = until(stopped.is_set, forever(requests))
-    thread = threading.Thread(target=lambda: asyncio.run(closed_loop([running.url], work, clients, tally, checker)))
+    asked = closed_loop([running.url], work, clients, tally, checker, pause=0.1)
+    thread = threading.Thread(target=asyncio.run, args=(asked,))
     thread.start()
     try:
         yield tally, checker
