@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import draws
-from models.config import EncoderConfig, InputError
+from models.config import PACKAGE_FORMAT, EncoderConfig, InputError
 from models.encoders import DualEncoder, Heads
 from models.normalize import normalize
 from models.preprocess import CaptionTokenizer, PreprocessorConfig
 
 FILES = "files.json"
-PACKAGE_FORMAT = "triptych-package-1"
 HEALTH_CAPTIONS = ["a red circle", "a dog runs on the beach", "blue shoes with white soles", "seven"]
 """Captions whose vectors a package carries, so that whoever loads it can check that it still computes the same."""
 

@@ -9,6 +9,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+PACKAGE_FORMAT = "triptych-package-1"
+"""What a package's `config.json` says it is."""
 
 
 class InputError(ValueError):

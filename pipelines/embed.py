@@ -19,8 +19,8 @@ import ray.data
 from ray.data.checkpoint import CheckpointConfig, IdColumnCheckpointManager
 from ray.experimental.internal_kv import _internal_kv_get
 
-from models.checkpoint import PACKAGE_FORMAT, Package, load_package
-from models.config import InputError
+from models.checkpoint import Package, load_package
+from models.config import PACKAGE_FORMAT, InputError
 from pipelines import cluster, storage
 from pipelines.capacity import STATUS_KEY, is_scaled
 from pipelines.config import ExperimentConfig

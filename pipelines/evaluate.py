@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.checkpoint import PACKAGE_FORMAT, Package, load_package
-from models.config import InputError
+from models.checkpoint import Package, load_package
+from models.config import PACKAGE_FORMAT, InputError
 from models.metrics import Relevance, recall_from_features
 from models.normalize import normalize
 from pipelines import cluster, storage

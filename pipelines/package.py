@@ -1,21 +1,22 @@
-"""From whatever a user calls a model (run folder, checkpoint, package, registered version) to a local package."""
+"""From whatever a user calls a model (run folder, checkpoint, package, registered version) to a local package.
+
+Torch is imported where weights are: processes that only look where a model is start seconds sooner.
+"""
 
 import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
-
-from models.checkpoint import PACKAGE_FORMAT, load_tensors, load_weights, save_package, verify_files
-from models.config import InputError
-from models.objectives import build_model
-from models.preprocess import CaptionTokenizer, PreprocessorConfig
+from models.config import PACKAGE_FORMAT, InputError
 from pipelines import storage
 from pipelines.config import ExperimentConfig
 from pipelines.registry import SPACE, Registry, Version
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of a run's checkpoints; a folder that it does not name is not trusted."""
@@ -97,6 +98,8 @@ def package_of(model: str) -> Iterator[Path]:
         if kind == "package":
             yield folder
             return
+        from models.checkpoint import verify_files
+
         verify_files(folder, uri)
         with tempfile.TemporaryDirectory() as target:
             build_package(folder, Path(target), _name_of(model))
@@ -159,6 +162,10 @@ def read_experiment(uri: str) -> ExperimentConfig:
 
 def build_package(checkpoint: Path, target: Path, name: str) -> str:
     """Write the encoder package of a checkpoint folder to `target`; returns its embedding-space id."""
+    from models.checkpoint import load_weights, save_package
+    from models.objectives import build_model
+    from models.preprocess import CaptionTokenizer, PreprocessorConfig
+
     experiment = read_experiment(str(checkpoint / "config.json"))
     model = build_model(experiment.encoder, experiment.objective)
     load_weights(model, checkpoint / "model.safetensors", str(checkpoint))
@@ -167,8 +174,10 @@ def build_package(checkpoint: Path, target: Path, name: str) -> str:
     return save_package(target, experiment.encoder, model.eval(), tokenizer, preprocessor, name)
 
 
-def fetch_weights(model: str) -> dict[str, Tensor]:
+def fetch_weights(model: str) -> "dict[str, Tensor]":
     """All online weights of a MODEL, under our parameter names."""
+    from models.checkpoint import load_tensors
+
     _, uri = locate(model)
     with local_copy(uri) as folder:
         return load_tensors(folder / "model.safetensors")

@@ -26,6 +26,7 @@ os.environ |= {
     "RAY_num_workers_soft_limit": "6",  # processes that are kept when idle: a new one takes seconds
     "RAY_worker_niceness": "0",  # Ray's own 15 lets whatever else runs here go first: under load its tests crawl
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait leave the core to the other half of the tests
 }
 _AWS = {
     "AWS_ACCESS_KEY_ID": "testing",

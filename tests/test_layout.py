@@ -39,6 +39,10 @@ def test_help_is_instant():
         assert not heavy & loaded_by(f"from pipelines import cli; cli.main({words})"), words
 
 
+def test_a_process_that_only_looks_where_models_are_loads_neither_torch_nor_mlflow():
+    assert not {"torch", "transformers", "mlflow"} & loaded_by("import pipelines.package, serving.versions, serving.start")
+
+
 def test_models_know_no_ray_and_no_mlflow():
     names = sorted(path.stem for path in (ROOT / "models").glob("*.py"))
     assert "config" in names

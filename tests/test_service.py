@@ -7,6 +7,7 @@ import asyncio
 import base64
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -67,8 +68,9 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory) -> Iterator[Running]:
+def running(tmp_path_factory, empty_mlflow) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("service")
+    shutil.copy(empty_mlflow, folder / "mlflow.db")
     uri = f"sqlite:///{folder}/mlflow.db"
     registry = Registry(uri)
     packages = {}
@@ -178,7 +180,7 @@ def test_a_thousand_mixed_requests_each_get_the_evaluated_vectors_in_order(runni
 
 
 def test_the_alias_moves_there_and_back_and_no_request_fails_or_is_mixed(running):
-    with load(running, 6) as (tally, checker):
+    with load(running, 3) as (tally, checker):
         running.move_to(2)
         running.wait_for("shop/2")
         running.move_to(1)
@@ -203,7 +205,7 @@ def test_a_version_that_is_not_what_was_registered_or_lacks_an_index_changes_not
 
 
 def test_a_killed_encoder_fails_no_request(running):
-    with load(running, 6) as (tally, _):
+    with load(running, 3) as (tally, _):
         wait_for_answers(tally, 20)
         before = running.service.replicas("text")
         os.kill(before[0], signal.SIGKILL)

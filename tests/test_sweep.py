@@ -557,7 +557,7 @@ def test_a_killed_sweep_goes_on_and_a_failing_trial_does_not_stop_it(
     from tuning.search import tune
 
     space = write_space(tmp_path, {"optim.learning_rate": [0.001, 1e30]})
-    base = base_of(corpus, tmp_path / "out", **{"optim.epochs": 4, "optim.clip_norm": 0})
+    base = base_of(corpus, tmp_path / "out", **{"optim.epochs": 2, "optim.clip_norm": 0})
     folder = tmp_path / "out" / "sweep"
     shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     options = {"space": space, "scheduler": "asha"}
@@ -573,7 +573,7 @@ def test_a_killed_sweep_goes_on_and_a_failing_trial_does_not_stop_it(
     assert sweep.mlflow_run_id == before.mlflow_run_id and sweep.created == before.created
     assert [(t.trial_id, t.overrides) for t in sweep.trials] == [(t.trial_id, t.overrides) for t in before.trials]
     assert "best trial t00 (finished): optim.learning_rate=0.001" in text
-    check_whole(folder, sweep, epochs=4)
+    check_whole(folder, sweep, epochs=2)
     assert "failed t01" in text and json.loads((folder / "sweep.json").read_text())["trials"][0]["mlflow_run_id"]
 
 

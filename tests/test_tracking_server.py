@@ -157,7 +157,7 @@ def check_points(server: MlflowServer, runs: list[str], steps: int) -> None:
 @pytest.mark.parametrize("store", ["on_sqlite", "on_postgresql"])
 def test_many_processes_that_write_at_once_lose_no_point(store, request):
     server = request.getfixturevalue(store)
-    writers = start_writers(server.uri, 8, 20, 0.01)
+    writers = start_writers(server.uri, 4, 20, 0.01)
     check_points(server, json.loads(writers.communicate(timeout=200)[0]), 20)
 
 

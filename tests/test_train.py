@@ -46,6 +46,7 @@ SMALL = {
     "objective.codebook.size": 16,
     "progress.every": 1,
     "pairs.record_ids": True,
+    "compute.threads": 1,
 }
 
 
