@@ -40,7 +40,8 @@ def test_help_is_instant():
 
 
 def test_a_process_that_only_looks_where_models_are_loads_neither_torch_nor_mlflow():
-    assert not {"torch", "transformers", "mlflow"} & loaded_by("import pipelines.package, serving.versions, serving.start")
+    loaded = loaded_by("import pipelines.package, serving.versions, serving.start")
+    assert not {"torch", "transformers", "mlflow"} & loaded
 
 
 def test_models_know_no_ray_and_no_mlflow():
