@@ -75,7 +75,7 @@ def s3() -> Iterator[ObjectStore]:
     server.stop()
 
 
-STARTS_RAY = {"test_capacity", "test_cluster", "test_ingest", "test_submit", "test_sweep", "test_train"}
+STARTS_RAY = {f"test_{name}" for name in ("capacity", "cluster", "ingest", "service", "submit", "sweep", "train")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -85,6 +85,7 @@ def running(tmp_path_factory, empty_mlflow) -> Iterator[Running]:
     registry.register("shop", str(folder / "p2"), "", tags, {})  # without an index
     registry.set_alias("shop", CHAMPION, 1)
     words = ["models:/shop@champion", "--versions.poll", "0.2"]
+    words += ["--door.deadline", "120"]  # on busy cores a killed encoder's place is taken after more than the default
     with triptych_serve(words, free_port(), {"MLFLOW_TRACKING_URI": uri}) as service:
         yield Running(service, registry, packages)
 
