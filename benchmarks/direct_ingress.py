@@ -69,12 +69,13 @@ def main() -> None:
     stopped = threading.Event()
     from ray import serve
 
-    from serving import packages, start
+    from serving import packages
     from serving.config import ServingConfig
+    from serving.environment import CLUSTER, COMPUTE
     from serving.versions import Versions
 
     config = packages.check(ServingConfig(model=options.package, port=PORTS[0], gateways=len(PORTS)))
-    for name, value in start.ENVIRONMENT.items():
+    for name, value in (CLUSTER | COMPUTE).items():
         os.environ.setdefault(name, value)
     packages.connect()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -46,7 +46,7 @@ from models.encoders import DualEncoder, Heads, resolve
 from models.preprocess import CaptionTokenizer, PreprocessorConfig, clean_caption, train_tokenizer
 from pipelines.config import PRESETS
 from pipelines.synthetic import CorpusConfig, synthesize
-from serving.start import ENVIRONMENT
+from serving.environment import COMPUTE
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
 BATCH, THREADS, SIDE = 64, 2, 128
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["service", "direct", "plain"])
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    os.environ |= ENVIRONMENT  # the allocator's settings too: the limit and the plain server get what the service has
+    os.environ |= COMPUTE  # the allocator's settings too: the limit and the plain server get what the service has
     with tempfile.TemporaryDirectory() as folder:
         corpus = make_corpus(Path(folder) / "data")
         package = options.package or str(Path(folder) / "package")

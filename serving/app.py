@@ -10,6 +10,7 @@ from ray.serve import Application
 
 from serving.config import ReplicaConfig, ServingConfig
 from serving.encoders import ImageEncoder, Matcher, TextEncoder
+from serving.environment import REPLICA
 from serving.gateway import METRICS_FOLDER, Gateway
 from serving.keys import check_bind, read_keys
 from serving.packages import Wanted
@@ -20,12 +21,6 @@ from serving.versions import Versions
 SERVICE = "triptych"
 """Name of the application that holds the gateways."""
 _LOGGING = {"encoding": "TEXT", "log_level": "WARNING", "enable_access_log": False}
-_ONE_LOOP = {
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-}
-"""Variables of the replicas that handle requests: a batch changes threads nowhere on its way to the encoder."""
 _HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 15, "graceful_shutdown_wait_loop_s": 0.2}
 
 
@@ -46,7 +41,7 @@ def build(args: dict[str, Any]) -> Application:
         num_replicas=config.gateways,
         ray_actor_options={
             "num_cpus": 0.1,
-            "runtime_env": {"env_vars": _ONE_LOOP | {METRICS_FOLDER: _metrics_folder()}},
+            "runtime_env": {"env_vars": REPLICA | {METRICS_FOLDER: _metrics_folder()}},
         },
         graceful_shutdown_timeout_s=25,
         logging_config=_LOGGING,
@@ -100,7 +95,7 @@ def _part(kind: type, name: str, settings: ReplicaConfig, max_ongoing_requests: 
         ray_actor_options={
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
-            "runtime_env": {"env_vars": _ONE_LOOP},
+            "runtime_env": {"env_vars": REPLICA},
         },
         graceful_shutdown_timeout_s=10,
         logging_config=_LOGGING,

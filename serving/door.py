@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator, MutableMapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,11 +48,10 @@ class Door:
         config: DoorConfig | None = None,
         keys: Keys | None = None,
         metrics: Metrics | None = None,
-        executor: Executor | None = None,
         fetcher: Fetcher | None = None,
         hosts: frozenset[str] = frozenset(),
     ) -> None:
-        """`keys`: who may ask, everybody where there are none. `executor`: threads that decode pictures, two.
+        """`keys`: who may ask, everybody where there are none.
 
         `hosts`: names of the service that a request may carry, any where there are none: without keys a web page could
         otherwise have its own name point here, and read the replies (DNS rebinding).
@@ -62,7 +61,7 @@ class Door:
         self._keys, self._hosts = keys or Keys({}), hosts
         self._metrics = metrics or Metrics()
         quiet_decoders()
-        decoder = Decoder(self._config, executor or ThreadPoolExecutor(2, "decode"))
+        decoder = Decoder(self._config, ThreadPoolExecutor(2, "decode"))
         self._tools = Tools(self._config, decoder, fetcher or Fetcher(self._config), self._metrics)
         self._page: dict[str, PageFile] = read_page()
         self._cold = cold_app(desk, self._metrics, self._config, keyed=bool(self._keys))

@@ -17,19 +17,10 @@ from urllib.request import urlopen
 from models.config import InputError
 from serving import packages
 from serving.config import ServingConfig
+from serving.environment import CLUSTER
 from serving.ports import shared_socket
 
 logger = logging.getLogger(__name__)
-ENVIRONMENT = {
-    "RAY_worker_niceness": "0",  # or replicas starve beside any other process
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads of a forward pass must not spin on cores that others need
-    "TOKENIZERS_PARALLELISM": "false",
-    "MALLOC_MMAP_THRESHOLD_": str(64 * 2**20),  # see pipelines/cluster.py
-    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
-    "MALLOC_TOP_PAD_": str(16 * 2**20),
-    "MALLOC_ARENA_MAX": "1",  # memory of threads that compute is otherwise given back and faulted in at every pass
-}
 _STEP = 0.2
 
 
@@ -50,7 +41,7 @@ def running(config: ServingConfig, start_seconds: float = 600) -> Iterator[str]:
 
 
 def _running(config: ServingConfig, start_seconds: float) -> Iterator[str]:
-    for name, value in ENVIRONMENT.items():
+    for name, value in CLUSTER.items():
         os.environ.setdefault(name, value)
     from ray import serve
 
