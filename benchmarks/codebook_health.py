@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from pipelines.charts import Chart, Series
 from pipelines.config import PRESETS
-from pipelines.demo import make_corpus, series
-from pipelines.progress import Event
-from pipelines.report import charts_page
-from pipelines.synthetic import CorpusConfig
-from pipelines.train import TrainingFailed, fit
+from pipelines.data.synthetic import CorpusConfig
+from pipelines.demo.run import make_corpus, series
+from pipelines.report.charts import Chart, Series
+from pipelines.report.page import charts_page
+from pipelines.train.events import Event
+from pipelines.train.fit import TrainingFailed, fit
 
 RESULT = Path(__file__).parent / "results" / "codebook_health.json"
 LABELS = {1.0: "balanced", 0.0: "balance 0"}

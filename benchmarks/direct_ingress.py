@@ -38,7 +38,7 @@ def make_gateway() -> type[Any]:
     """A gateway that is called by Serve's listener; the door is the same."""
     from starlette.responses import Response
 
-    from serving.gateway import Gateway
+    from serving.gateway.gateway import Gateway
 
     class DirectGateway(Gateway):
         def _listen(self) -> None:
@@ -69,15 +69,15 @@ def main() -> None:
     stopped = threading.Event()
     from ray import serve
 
-    from serving import packages
+    from serving import model_source
     from serving.config import ServingConfig
+    from serving.control.controller import Versions
     from serving.environment import CLUSTER, COMPUTE
-    from serving.versions import Versions
 
-    config = packages.check(ServingConfig(model=options.package, port=PORTS[0], gateways=len(PORTS)))
+    config = model_source.check(ServingConfig(model=options.package, port=PORTS[0], gateways=len(PORTS)))
     for name, value in (CLUSTER | COMPUTE).items():
         os.environ.setdefault(name, value)
-    packages.connect()
+    model_source.connect()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(http_options={"host": "127.0.0.1", "port": PORTS[0] + 100})
     quiet = {"log_level": "WARNING", "enable_access_log": False}

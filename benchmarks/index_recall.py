@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.machine import machine
-from serving.index import open_index
-from serving.index_build import build_index
-from serving.index_graph import Kind
+from serving.index.approximate import Kind
+from serving.index.build import build_index
+from serving.index.index import open_index
 
 QUERIES = 200
 K = 10

@@ -15,9 +15,9 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import BaseModel
 
-from models.checkpoint import load_package
+from models.inference import embed_images, embed_texts
+from models.package import load_package
 from models.preprocess import clean_caption, resize_for_eval
-from serving.forward import embed_images, embed_texts
 
 
 class Ask(BaseModel):

@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tuning import schedulers
-from tuning.records import METRIC, Trial
+from tuning.sweep import schedulers
+from tuning.sweep.sweep_record import METRIC, Trial
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """{trial id: [(samples seen, recall)]}, each to the planned samples."""

@@ -32,8 +32,8 @@ from benchmarks.load import Reply, Tally, closed_loop, forever, open_loop, reque
 from benchmarks.machine import machine
 from benchmarks.service import Service, triptych_serve, wait_until
 from benchmarks.serving import Corpus, ask, free_port, make_corpus, make_package
-from models.checkpoint import load_package
-from pipelines.registry import CHAMPION, SPACE, Registry
+from models.package import load_package
+from pipelines.tracking.registry import CHAMPION, SPACE, Registry
 
 RESULT = Path(__file__).parent / "results" / "service_faults.json"
 SWAPS, CLIENTS, DEADLINE, OVERLOAD_SECONDS = 10, 8, 5.0, 60.0

@@ -41,11 +41,11 @@ from benchmarks import direct_ingress
 from benchmarks.load import Tally, closed_loop, forever, request, until
 from benchmarks.machine import machine
 from benchmarks.service import Service, server, spent, triptych_serve
-from models.checkpoint import load_package, save_package
 from models.encoders import DualEncoder, Heads, resolve
+from models.package import load_package, save_package
 from models.preprocess import CaptionTokenizer, PreprocessorConfig, clean_caption, train_tokenizer
 from pipelines.config import PRESETS
-from pipelines.synthetic import CorpusConfig, synthesize
+from pipelines.data.synthetic import CorpusConfig, synthesize
 from serving.environment import COMPUTE
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
@@ -125,8 +125,8 @@ def limit(package: str, corpus: Corpus, kind: str, seconds: float) -> Measured:
 def _bare_loop(folder: str, corpus: Corpus, kind: str, seconds: float) -> tuple[int, float, float]:
     import numpy as np
 
-    from models.pictures import open_picture, whole
-    from serving.forward import embed_images, embed_texts
+    from models.images import open_picture, whole
+    from models.inference import embed_images, embed_texts
 
     torch.set_num_threads(1)
     package = load_package(Path(folder))

@@ -3,7 +3,7 @@
 A part's time is exclusive, so parts and `other` add up to the step exactly. The step runs one backward pass over
 several terms; here each part's terms go back by themselves, and what matching and masked language share of the fusion
 encoder, the images' keys and values, is cut off as leaves and goes back last, once. Gradients are the same up to the
-order in which they are summed (tests/test_bench_step.py). On a GPU each boundary waits for the device.
+order in which they are summed (tests/benchmarks/test_step.py). On a GPU each boundary waits for the device.
 
     towers     student's image and text tower with projections, forward and backward
     teacher    its towers forward, and the moving average
@@ -26,10 +26,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import models.fusion_terms
-import models.terms
-import pipelines.context
-import pipelines.step
+import models.fusion_losses
+import models.losses
+import pipelines.step.context
+import pipelines.step.training_step
 from models.codebook import Codebook
 from models.fusion import FusionEncoder, KeysValues
 from models.objectives import TERMS
@@ -43,24 +43,24 @@ PART_OF_TERM = {term: "contrast" for term in ("cma", "imc", "lmi")} | {
     "mlm": "language",
 }
 WRAPPED: tuple[tuple[Any, str, str], ...] = (
-    (pipelines.step, "encode_all", "towers"),
-    (pipelines.step, "backward_through_towers", "towers"),
-    (pipelines.step, "update_teacher", "teacher"),
-    (pipelines.context, "encode_all", "teacher"),
-    (pipelines.context, "teacher_locals", "contrast"),
-    (pipelines.context, "identify", "contrast"),
-    (pipelines.step, "contrast_parts", "contrast"),
-    (pipelines.context, "plant_codes", "codebook"),
-    (pipelines.context, "assign_codes", "codebook"),
-    (models.terms, "codebook_parts", "codebook"),
-    (pipelines.step, "count_usage", "codebook"),
+    (pipelines.step.training_step, "encode_all", "towers"),
+    (pipelines.step.training_step, "backward_through_towers", "towers"),
+    (pipelines.step.training_step, "update_teacher", "teacher"),
+    (pipelines.step.context, "encode_all", "teacher"),
+    (pipelines.step.context, "teacher_locals", "contrast"),
+    (pipelines.step.context, "identify", "contrast"),
+    (pipelines.step.training_step, "contrast_parts", "contrast"),
+    (pipelines.step.context, "plant_codes", "codebook"),
+    (pipelines.step.context, "assign_codes", "codebook"),
+    (models.losses, "codebook_parts", "codebook"),
+    (pipelines.step.training_step, "count_usage", "codebook"),
     (Codebook, "unit", "codebook"),
     (Codebook, "renormalise", "codebook"),
-    (models.fusion_terms, "hard_negatives", "matching"),
-    (models.fusion_terms, "matching_sum", "matching"),
-    (models.fusion_terms, "mask_tokens", "language"),
-    (models.fusion_terms, "language_sums", "language"),
-    (pipelines.step, "sum_gradients", "optimiser"),
+    (models.fusion_losses, "hard_negatives", "matching"),
+    (models.fusion_losses, "matching_sum", "matching"),
+    (models.fusion_losses, "mask_tokens", "language"),
+    (models.fusion_losses, "language_sums", "language"),
+    (pipelines.step.training_step, "sum_gradients", "optimiser"),
     (torch.nn.utils, "clip_grad_norm_", "optimiser"),
     (torch.optim.AdamW, "step", "optimiser"),
     (torch.optim.AdamW, "zero_grad", "optimiser"),
@@ -137,7 +137,7 @@ class SharedMemory:
 def split(device: torch.device) -> Iterator[dict[str, float]]:
     """While the block runs, a training step's seconds are added up by part; complete when the block has ended."""
     watch = Stopwatch(device)
-    memory, backward = SharedMemory(watch), pipelines.step._backward
+    memory, backward = SharedMemory(watch), pipelines.step.training_step._backward
 
     def backward_by_part(sums: dict[str, Tensor], scales: dict[str, Tensor]) -> None:
         for part in dict.fromkeys(PART_OF_TERM.values()):
@@ -151,7 +151,7 @@ def split(device: torch.device) -> Iterator[dict[str, float]]:
     with ExitStack() as stack:
         for place, name, part in WRAPPED:
             stack.enter_context(patch.object(place, name, _charged(getattr(place, name), watch, part)))
-        stack.enter_context(patch.object(pipelines.step, "_backward", backward_by_part))
+        stack.enter_context(patch.object(pipelines.step.training_step, "_backward", backward_by_part))
         stack.enter_context(
             patch.object(FusionEncoder, "image_memory", lambda fusion, tokens: memory.image_memory(fusion, tokens))
         )

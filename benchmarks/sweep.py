@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from pipelines.synthetic import synthesize
-from tuning.records import Sweep
+from pipelines.data.synthetic import synthesize
+from tuning.sweep.sweep_record import Sweep
 
 RESULT = Path(__file__).parent / "results" / "sweep.json"
 ROOT = Path(__file__).parent.parent
@@ -29,8 +29,8 @@ RATES = [0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.003, 0.0035, 0.004]
 SWEEP = """
 import json, sys
 from pipelines.config import PRESETS
-from tuning.begin import Request
-from tuning.search import tune
+from tuning.sweep.plan import Request
+from tuning.sweep.run_sweep import tune
 preset, changes, space = json.loads(sys.argv[1])
 tune(Request(PRESETS[preset].override(changes), space=space, scheduler="none"))
 """

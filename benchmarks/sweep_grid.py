@@ -20,11 +20,11 @@ from typing import Any
 from benchmarks.machine import machine
 from benchmarks.replay import Curves, as_json, rank, replay_asha, replay_halving, within_error
 from pipelines.config import PRESETS, ExperimentConfig
-from pipelines.demo import make_corpus
-from pipelines.synthetic import CorpusConfig
-from tuning.begin import Request
-from tuning.records import FILE_NAME, Sweep
-from tuning.search import tune
+from pipelines.data.synthetic import CorpusConfig
+from pipelines.demo.run import make_corpus
+from tuning.sweep.plan import Request
+from tuning.sweep.run_sweep import tune
+from tuning.sweep.sweep_record import FILE_NAME, Sweep
 
 RESULT = Path(__file__).parent / "results" / "sweep_grid.json"
 START, SIZE = "objective.temperature.start", "objective.codebook.size"

@@ -16,19 +16,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.assignment import pose, queue_entries, solve
 from models.batch import Batch
 from models.codebook import Codebook, Pair, code_sums, transport_sums
+from models.codebook_metrics import Usage
+from models.collectives import SoloWorkers
 from models.config import CodebookConfig, InputError
 from models.encoders import resolve
-from models.gather import SoloWorkers
+from models.losses import block_bytes
 from models.masking import SpecialTokens, select_tokens
 from models.objectives import Moment
 from models.teacher import FeatureQueue
-from models.terms import block_bytes
-from models.usage import Usage
+from pipelines.cli.flags import UsageError, parse_flags
 from pipelines.config import PRESETS, ExperimentConfig
-from pipelines.flags import UsageError, parse_flags
-from pipelines.startup import start_state
-from pipelines.state import StepResult, StepSettings, TrainState
-from pipelines.step import loss_and_gradients, training_step
+from pipelines.step.state import StepResult, StepSettings, TrainState
+from pipelines.step.training_step import loss_and_gradients, training_step
+from pipelines.train.setup import start_state
 
 PAD, CLS, MASK, FIRST_WORD = 0, 2, 4, 5
 MEAN_TOKENS, SPREAD_TOKENS, FEWEST_TOKENS = 13.0, 4.0, 4

@@ -25,7 +25,7 @@ from PIL import Image
 
 from models.config import InputError
 from pipelines import storage
-from pipelines.synthetic import SPLITS, pairs_parquet, require_empty
+from pipelines.data.synthetic import SPLITS, pairs_parquet, require_empty
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
 SIDE = 256

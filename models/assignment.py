@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.codebook import full_precision
+from models.collectives import SoloWorkers, Workers
 from models.config import CodebookConfig
-from models.gather import SoloWorkers, Workers
 from models.teacher import FeatureQueue
 from models.transport import Plan, Scores, ipot, sinkhorn
 

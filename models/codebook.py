@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from models.blocks import sum_over_rows
+from models.blockwise import sum_over_rows
 from models.transport import Plan
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from models.blocks import sum_over_rows
+from models.blockwise import sum_over_rows
 
 MASKED = -1e9
 """Logit of a candidate that is left out: its softmax is exactly 0, and no infinity meets a zero."""

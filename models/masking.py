@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from models import draws
+from models import sample_rng
 
 
 class Masked(NamedTuple):
@@ -30,7 +30,7 @@ def select_tokens(
     ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], keys: Int[Tensor, " B"], tokens: SpecialTokens, share: float
 ) -> Bool[Tensor, "B T"]:
     """Which real tokens other than [CLS] are hidden; the draw is the sample's own."""
-    selected = draws.uniform(keys, draws.MASK, ids.shape[1]) < share
+    selected = sample_rng.uniform(keys, sample_rng.MASK, ids.shape[1]) < share
     return selected & mask & (ids != tokens.pad) & (ids != tokens.cls)
 
 
@@ -43,7 +43,7 @@ def mask_tokens(
     """
     width = ids.shape[1]
     selected = select_tokens(ids, mask, keys, tokens, share)
-    kind = draws.uniform(keys, draws.MASK_KIND, width)
-    word = (draws.uniform(keys, draws.MASK_WORD, width) * tokens.vocab_size).long()
+    kind = sample_rng.uniform(keys, sample_rng.MASK_KIND, width)
+    word = (sample_rng.uniform(keys, sample_rng.MASK_WORD, width) * tokens.vocab_size).long()
     corrupted = torch.where(kind < 0.8, torch.full_like(ids, tokens.mask), torch.where(kind < 0.9, word, ids))
     return Masked(torch.where(selected, corrupted, ids), selected, ids)

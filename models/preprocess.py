@@ -1,7 +1,7 @@
 """The one home of preprocessing: caption clean-up, tokenising, evaluation resize, and what normalising takes out.
 
 Training, validation, embedding and serving all come here, so that none of them sees another input. Behaviour follows
-TCL (arXiv 2202.10401) and its reference implementation; the tokeniser is in `models/tokens.py`. Nothing here imports
+TCL (arXiv 2202.10401) and its reference implementation; the tokeniser is in `models/tokenizer.py`. Nothing here imports
 torch, whose part, normalising on the model's device, is in `models/normalize.py`: a gateway does without.
 """
 
@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import PositiveInt
 
 from models.config import Config, InputError
-from models.tokens import CaptionTokenizer, load_tokenizer, train_tokenizer
+from models.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "MEAN",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from models.gather import Workers
+from models.collectives import Workers
 
 PASS = (2**21, 2**26)
 """Bytes of scores that a pass looks at together, on a CPU and on a GPU, where small blocks cost launches."""

@@ -1,4 +1,4 @@
-"""Variables of the service's processes, by who reads them and when."""
+"""What all processes of the service share: environment variables, by who reads them and when, and Serve's settings."""
 
 CLUSTER = {
     "RAY_worker_niceness": "0",  # or replicas starve beside any other process
@@ -23,3 +23,6 @@ ONE_LOOP = {
 """Of replicas that handle requests: a batch changes threads nowhere on its way to the encoder."""
 REPLICA = COMPUTE | ONE_LOOP
 """Given to the gateways, encoders and searchers with their deployment, whoever started Ray."""
+LOGGING = {"encoding": "TEXT", "log_level": "WARNING", "enable_access_log": False}
+HEALTH = {"health_check_period_s": 2, "health_check_timeout_s": 15, "graceful_shutdown_wait_loop_s": 0.2}
+"""Of every deployment."""

@@ -1,24 +1,18 @@
 """Fixtures for all: a local Ray of two slots, an S3 server, small files of pairs. Importing this starts nothing."""
 
-import io
 import itertools
-import json
 import os
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
-from pipelines import storage
+from tests.support.pairs import make_pairs, write_parquet_pairs, write_tar_pairs
+from tests.support.paths import ROOT
 
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -75,14 +69,13 @@ def s3() -> Iterator[ObjectStore]:
     server.stop()
 
 
-STARTS_RAY = {f"test_{name}" for name in ("capacity", "cluster", "ingest", "service", "submit", "sweep", "train")}
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts Ray, so that `make test` can run it beside the rest."""
+    """Mark what starts Ray, so that `make test` can run it beside the rest: tests in folders named `with_ray`."""
     for item in items:
-        if item.path.stem in STARTS_RAY or "ray_local" in getattr(item, "fixturenames", ()):
+        if "with_ray" in item.path.parts:
             item.add_marker(pytest.mark.ray)
+        elif "ray_local" in getattr(item, "fixturenames", ()):
+            raise pytest.UsageError(f"{item.nodeid} starts Ray: it belongs into a folder with_ray")
 
 
 @pytest.fixture(scope="session")
@@ -90,12 +83,11 @@ def ray_local(s3: ObjectStore) -> Iterator[None]:
     """Ray on this machine with two slots; its workers reach the S3 server."""
     import ray
 
-    from pipelines.cluster import SETTINGS
+    from pipelines.cluster.connect import SETTINGS
 
     for name, value in SETTINGS.items():  # before Ray's processes start, as the command line does
         os.environ.setdefault(name, value)
-    here = str(Path(__file__).parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))  # functions of tests
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # tests too
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
         ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False, logging_level="warning")
         yield
@@ -110,58 +102,6 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{file}").search_experiments()
     return file
-
-
-def jpeg(seed: int, width: int = 32, height: int = 32, **options: Any) -> bytes:
-    """A smooth random picture."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return encoded(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC), "JPEG", **options)
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """The picture's bytes in a file format."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def make_pairs(count: int, start: int = 0) -> list[dict[str, Any]]:
-    """Good pairs: columns image, caption, id."""
-    return [
-        {"image": jpeg(number), "caption": f"Picture number {number}, of noise.", "id": f"key{number}"}
-        for number in range(start, start + count)
-    ]
-
-
-def write_parquet_pairs(uri: str, pairs: list[dict[str, Any]], **options: Any) -> str:
-    """Write pairs (any columns) as one Parquet file; `options` go to pyarrow. Returns `uri`."""
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(pairs), buffer, **options)
-    storage.write_bytes(uri, buffer.getvalue())
-    return uri
-
-
-def write_tar_pairs(uri: str, pairs: list[dict[str, Any]], **options: Any) -> str:
-    """Write pairs as a tar: ID.jpg (or the pair's `extension`), then ID.txt, or ID.json for several captions.
-
-    A pair without `image` or `caption` lacks that member; `options` go to tarfile. Returns `uri`.
-    """
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", **options) as archive:
-        for pair in pairs:
-            members = {}
-            if "image" in pair:
-                members[pair.get("extension", "jpg")] = pair["image"]
-            if isinstance(pair.get("caption"), str):
-                members["txt"] = pair["caption"].encode()
-            elif "caption" in pair:
-                members["json"] = json.dumps({"caption": pair["caption"]}).encode()
-            for extension, data in members.items():
-                member = tarfile.TarInfo(f"{pair['id']}.{extension}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-    storage.write_bytes(uri, buffer.getvalue())
-    return uri
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 PACKAGES = ("models", "pipelines", "tuning", "serving")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -28,19 +29,48 @@ def test_our_common_words_mean_this_checkout(name):
 
 
 def test_a_package_is_a_docstring():
-    for name in PACKAGES:
-        source = (ROOT / name / "__init__.py").read_text().strip()
-        assert source.startswith('"""') and source.endswith('"""') and source.count('"""') == 2, name
+    for file in sorted(file for name in PACKAGES for file in (ROOT / name).rglob("__init__.py")):
+        source = file.read_text().strip()
+        assert source.startswith('"""') and source.endswith('"""') and source.count('"""') == 2, file
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("models", "models/__init__.py"),
+        ("tests.models", "tests/models/__init__.py"),
+        ("pipelines.data", "pipelines/data/__init__.py"),
+        ("tests.pipelines.data", "tests/pipelines/data/__init__.py"),
+        ("serving.http", "serving/http/__init__.py"),
+        ("tests.serving.http", "tests/serving/http/__init__.py"),
+        ("http", None),
+        ("inspect", None),
+    ],
+)
+def test_rooms_hide_no_other_module_and_tests_hide_no_room(name, file):
+    found = Path(importlib.import_module(name).__file__ or "")
+    assert found == ROOT / file if file else not found.is_relative_to(ROOT / "tests"), found
+    assert file or not any(found.is_relative_to(ROOT / package) for package in PACKAGES), found
+
+
+def test_a_package_has_few_files_of_its_own_and_every_test_a_room():
+    for package in ("pipelines", "tuning", "serving"):
+        assert len(list((ROOT / package).glob("*.py"))) <= 12, package
+    rooms = {file.parent.relative_to(ROOT) for name in PACKAGES for file in (ROOT / name).rglob("*.py")}
+    rooms |= {Path("benchmarks"), Path("examples"), Path("serving/page"), Path()}
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        room = file.parent.relative_to(ROOT / "tests")
+        assert (room.parent if room.name == "with_ray" else room) in rooms, file
 
 
 def test_help_is_instant():
     heavy = {"torch", "ray", "mlflow", "transformers", "pyarrow", "numpy"}
     for words in (["--help"], ["train", "--help"], ["train", "no-such-preset"], ["no-such-command"]):
-        assert not heavy & loaded_by(f"from pipelines import cli; cli.main({words})"), words
+        assert not heavy & loaded_by(f"from pipelines.cli import main; main.main({words})"), words
 
 
 def test_a_process_that_only_looks_where_models_are_loads_neither_torch_nor_mlflow():
-    loaded = loaded_by("import pipelines.package, serving.versions, serving.start")
+    loaded = loaded_by("import pipelines.artifacts.resolve, serving.control.controller, serving.service.run")
     assert not {"torch", "transformers", "mlflow"} & loaded
 
 

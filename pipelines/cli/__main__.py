@@ -1,0 +1,7 @@
+"""`python -m pipelines.cli`, as jobs on a cluster start it."""
+
+import sys
+
+from pipelines.cli.main import main
+
+sys.exit(main())

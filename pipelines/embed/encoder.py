@@ -1,0 +1,66 @@
+"""Prepared samples to vectors, in a process that holds both encoders.
+
+Axes: B rows, S image side, D width of the joint space.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from models.package import Package, load_package
+from pipelines.evaluation.evaluate import encode
+
+PACKAGE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
+
+
+class Encoder:
+    """Both encoders in one process; a Ray Data actor."""
+
+    def __init__(self, package: ray.ObjectRef, gpu: bool) -> None:
+        """`package` are the bytes of PACKAGE_FILES by name."""
+        torch.set_num_threads(1)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in ray.get(package).items():
+                (Path(folder) / name).write_bytes(data)
+            self._package: Package = load_package(Path(folder), device="cuda" if gpu else "cpu")
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Prepared rows to rows with `image_vector` (D) and `text_vectors` (a list of one (D) a caption)."""
+        side, width = self._package.preprocessor.image_size, self._package.config.embed_dim
+        good = np.array([reason == "" for reason in table.column("reason").to_pylist()], bool)
+        captions = np.empty(len(table), object)
+        captions[:] = table.column("clean").to_pylist()
+        counts = np.array([len(texts) for texts in captions], np.int64)
+        images, texts = np.zeros((len(table), width), np.float32), np.zeros((0, width), np.float32)
+        if good.any():
+            rows = {
+                "image": _as_pixels(table.column("pixels"), side)[good],
+                "captions": captions[good],
+                "image_id": table.column("image_id").to_numpy()[good],
+                "reason": np.array([""] * int(good.sum()), object),
+            }
+            gallery = encode(self._package, [rows], keep_tokens=False)
+            first = np.cumsum(counts[good]) - counts[good]  # each row's first caption knows its picture
+            images[good] = gallery.images.numpy()[gallery.relevance.owner.numpy()[first]]
+            texts = gallery.texts.numpy()
+        offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+        kept = table.drop_columns(["pixels", "clean"])
+        kept = kept.append_column("image_vector", as_vectors(images))
+        return kept.append_column("text_vectors", pa.ListArray.from_arrays(offsets, as_vectors(texts)))
+
+
+def as_vectors(vectors: np.ndarray) -> pa.FixedSizeListArray:
+    """float32 (B, D) as a column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(vectors).ravel()), vectors.shape[1])
+
+
+def _as_pixels(column: pa.ChunkedArray, side: int) -> np.ndarray:
+    """Back: uint8 (B, S, S, 3)."""
+    whole = column.combine_chunks()
+    width, start = side * side * 3, whole.offset
+    levels = np.frombuffer(whole.buffers()[1], np.uint8, len(whole) * width, start * width)  # it may be longer
+    return levels.reshape(-1, side, side, 3)

@@ -1,0 +1,133 @@
+"""One optimisation step in plain PyTorch: forward, teacher, terms, backward, one all-reduce, update, enqueue.
+
+The loss is taken on detached features ("leaves"), whose gradients then go back through the towers: so what other
+workers contribute to a feature's gradient is added between the two, in the open, and autograd hides no collective;
+and the towers may take their rows a chunk at a time.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.batch import Batch, Context, Pinned
+from models.collectives import SoloWorkers, Workers
+from models.config import ObjectiveConfig
+from models.encoders import DualEncoder
+from models.fusion_losses import draw, fusion_counts, fusion_sums, needs_fusion
+from models.losses import contrast_parts
+from models.objectives import Moment, coefficients, term_means
+from models.teacher import update_teacher
+from pipelines.step.codebook import count_usage, measure
+from pipelines.step.context import Fresh, build_context
+from pipelines.step.grad_cache import backward_through_towers, chunk_rows, encode_all
+from pipelines.step.gradients import Peers, leaf_gradients, reduce_scalars, sum_gradients
+from pipelines.step.state import StepResult, StepSettings, TrainState, autocast
+
+
+class Outcome(NamedTuple):
+    """What a loss leaves besides gradients."""
+
+    means: dict[str, Tensor]
+    """Mean of each part over the global batch."""
+    fresh: Fresh | None
+    metrics: dict[str, Tensor]
+    finite: Tensor
+
+
+def training_step(
+    state: TrainState,
+    batch: Batch,
+    settings: StepSettings,
+    moment: Moment,
+    workers: Workers | None = None,
+    pinned: Pinned | None = None,
+) -> StepResult:
+    """Train on this worker's rows of one global batch; every worker makes the call, also with no rows."""
+    workers = workers or SoloWorkers()
+    state.optimizer.zero_grad(set_to_none=True)
+    means, fresh, metrics, finite = loss_and_gradients(state, batch, settings, moment, workers, pinned)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    sum_gradients(parameters, workers)
+    codebook = state.model.codebook
+    if codebook is not None:
+        if moment.measured and codebook.weight.grad is not None:
+            metrics["grad/codebook"] = codebook.weight.grad.norm()
+        if moment.frozen:  # before clipping, so that standing codes do not shorten the encoders' step
+            codebook.weight.grad = None
+    limit = settings.clip_norm or float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    state.optimizer.step()
+    if codebook is not None:
+        codebook.renormalise()
+    if state.queue is not None and fresh is not None:
+        state.queue.enqueue(*fresh)
+    weights = coefficients(settings.objective, moment)
+    loss = torch.stack([weights[name] * mean for name, mean in means.items()]).sum()
+    return StepResult(loss, means, term_means(means, moment.alpha), norm, metrics, finite)
+
+
+def loss_and_gradients(
+    state: TrainState,
+    batch: Batch,
+    settings: StepSettings,
+    moment: Moment,
+    workers: Workers,
+    pinned: Pinned | None = None,
+) -> Outcome:
+    """Mean of each part over the global batch; this worker's share of the loss's gradient goes to `grad`."""
+    objective, model = settings.objective, state.model
+    clamp_temperature(model, objective)
+    encoded = encode_all(model, batch.view1, batch, settings)
+    if state.teacher is not None:
+        update_teacher(state.teacher, model, objective.teacher.momentum)
+    context, fresh = build_context(state, encoded.features, batch, settings, moment, workers, pinned)
+    means, finite = backward_to_leaves(state, context, settings, workers)
+    gradients = leaf_gradients(context, workers if objective.negatives == "global" else SoloWorkers())
+    backward_through_towers(model, batch, encoded, gradients, settings)
+    count_usage(state, context)
+    metrics = measure(state, context, Peers.meet(workers, len(batch)), settings) if moment.measured else {}
+    return Outcome(means, fresh, metrics, finite)
+
+
+def backward_to_leaves(
+    state: TrainState, context: Context, settings: StepSettings, workers: Workers
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Run every term back to the student's features; means of the parts, and whether this worker's sums are finite.
+
+    Counts are exchanged before any gradient, so that the fusion encoder may take a chunk of rows forward and back
+    before the next.
+    """
+    objective, rows = settings.objective, len(context.batch)
+    parts, match_logits = contrast_parts(objective, state.model, context)
+    weights = coefficients(objective, context.moment)
+    device = context.batch.ids.device
+    local = {name: torch.as_tensor(part.count, device=device) for name, part in parts.items()}
+    drawn = draw(objective, context, match_logits, settings.tokens)
+    local |= fusion_counts(drawn, context.moment.alpha)
+    counts = reduce_scalars({name: local[name] for name in weights}, workers)
+    scales = {name: weights[name] / count.clamp(min=1) for name, count in counts.items()}
+    sums = {name: part.sum for name, part in parts.items()}
+    if sums:
+        _backward(sums, scales)
+    sums = {name: sums[name].detach() if name in sums else torch.zeros((), device=device) for name in weights}
+    for chunk in chunk_rows(rows, settings.chunk) if rows and needs_fusion(drawn) else ():
+        with autocast(settings, device):
+            fused = fusion_sums(state.model, state.teacher, context, drawn, chunk)
+        _backward(fused, scales)
+        for name, value in fused.items():
+            sums[name] = sums[name] + value.detach()
+    finite = torch.stack([value.isfinite() for value in sums.values()]).all()
+    totals = reduce_scalars(sums, workers)
+    return {name: totals[name] / counts[name].clamp(min=1) for name in weights}, finite
+
+
+def _backward(sums: dict[str, Tensor], scales: dict[str, Tensor]) -> None:
+    torch.stack([scales[name] * value for name, value in sums.items()]).sum().backward()
+
+
+def clamp_temperature(model: DualEncoder, objective: ObjectiveConfig) -> None:
+    """Keep the temperature in its range, in place (not in fine-tuning)."""
+    if objective.temperature.clamp:
+        with torch.no_grad():
+            model.temperature.clamp_(objective.temperature.min, objective.temperature.max)

@@ -1,0 +1,81 @@
+"""Pictures of a request: from data URLs, uploads and allowed hosts to pixels, in threads.
+
+Axes: N pictures of a request, S image side.
+"""
+
+import asyncio
+import binascii
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+import numpy as np
+from PIL import Image
+
+from models.images import Refused, open_picture, whole
+from serving.config import DoorConfig
+from serving.http.responses import Refusal
+
+_GROUP = 8
+"""Pictures decoded in one go: a hand-over to a thread costs about as much as a small picture."""
+
+
+def quiet_decoders() -> None:
+    """Once a process: our own limit on pixels counts, and damage that a decoder gets over is not worth a line."""
+    Image.init()
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+class Decoder:
+    """Decodes pictures in an executor's threads."""
+
+    def __init__(self, config: DoorConfig, executor: Executor) -> None:
+        self._config, self._executor = config, executor
+
+    async def __call__(self, pictures: Sequence[tuple[str, bytes | str]], size: int) -> np.ndarray:
+        """uint8 (N, S, S, 3) of (param, encoded bytes or data URL) pairs. Raises Refusal of the first that is bad."""
+        out = np.empty((len(pictures), size, size, 3), np.uint8)
+        loop = asyncio.get_running_loop()
+        jobs = [
+            loop.run_in_executor(self._executor, self._group, pictures[at : at + _GROUP], out[at : at + _GROUP])
+            for at in range(0, len(pictures), _GROUP)
+        ]
+        try:
+            for job in jobs:
+                await job
+        finally:
+            for job in jobs:
+                job.cancel()
+        return out
+
+    def _group(self, pictures: Sequence[tuple[str, bytes | str]], out: np.ndarray) -> None:
+        for row, (param, picture) in enumerate(pictures):
+            self._one(param, picture, out[row])
+
+    def _one(self, param: str, picture: bytes | str, out: np.ndarray) -> None:
+        data = from_data_url(param, picture) if isinstance(picture, str) else picture
+        limit = int(self._config.max_image_mib * 2**20)
+        if len(data) > limit:
+            raise Refusal(413, "image_too_large", f"{param}: the picture has more than {limit} bytes", param)
+        try:
+            whole(open_picture(data, self._config.max_pixels, min_side=1), out)
+        except Refused as error:
+            reason, detail = error.args
+            raise Refusal(400, f"image_{reason}", f"{param}: {_plain(detail)}", param) from None
+
+
+def from_data_url(param: str, url: str) -> bytes:
+    """The bytes of `data:image/...;base64,...`; its media type is not looked at. Raises Refusal 400."""
+    head, comma, text = url.partition(",")
+    if not comma or not head[:5].lower() == "data:" or not head.lower().endswith(";base64"):
+        raise Refusal(400, "bad_data_url", f"{param}: a picture is sent as data:image/jpeg;base64,...", param)
+    try:
+        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+    except ValueError:
+        raise Refusal(400, "bad_base64", f"{param}: the data URL is not base64", param) from None
+
+
+def _plain(detail: str) -> str:
+    """A decoder's complaint, short and printable."""
+    return "".join(letter if letter.isprintable() else "?" for letter in detail[:160])

@@ -1,0 +1,71 @@
+"""What is sent back: JSON replies, errors in OpenAI's shape, and the headers that every reply carries."""
+
+import math
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import orjson
+
+from serving.interfaces import Description
+
+Header = tuple[bytes, bytes]
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
+
+
+class Refusal(Exception):
+    """A request that is answered with an error; its text is for the client."""
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, headers: Iterable[Header] = ()
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.param = status, code, message, param
+        self.headers = tuple(headers)
+
+    @property
+    def body(self) -> bytes:
+        """The error as JSON in OpenAI's shape."""
+        return orjson.dumps(error_body(self.status, self.code, self.message, self.param))
+
+
+def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """{"error": {"message", "type", "param", "code"}}."""
+    kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def full(retry_after: float) -> Refusal:
+    """429: there is no room."""
+    seconds = max(1, math.ceil(retry_after))
+    return Refusal(429, "overloaded", "the service is full; try again later", None, [retry(seconds)])
+
+
+def not_ready(retry_after: float = 5) -> Refusal:
+    """503: nothing is loaded yet."""
+    return Refusal(503, "not_ready", "the model is not loaded yet", None, [retry(math.ceil(retry_after))])
+
+
+def retry(seconds: int) -> Header:
+    """The header `Retry-After`."""
+    return b"retry-after", b"%d" % seconds
+
+
+def model_headers(description: Description) -> list[Header]:
+    """The version that a reply comes from, and its embedding space."""
+    return [
+        (b"x-triptych-model", description.label.encode("latin-1", "replace")),
+        (b"x-triptych-space", description.embedding_space.encode("latin-1", "replace")),
+    ]
+
+
+def head(
+    status: int, length: int, headers: Iterable[Header], content_type: bytes = b"application/json"
+) -> MutableMapping[str, Any]:
+    """The first ASGI message of a reply."""
+    own = [
+        (b"content-type", content_type),
+        (b"content-length", b"%d" % length),
+        (b"x-content-type-options", b"nosniff"),
+        *headers,
+    ]
+    return {"type": "http.response.start", "status": status, "headers": own}

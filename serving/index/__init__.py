@@ -1,0 +1,4 @@
+"""The vector index: built, stored, opened, searched.
+
+Imported by `replicas` and the command line.
+"""

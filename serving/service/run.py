@@ -1,0 +1,155 @@
+"""`triptych serve`: the service on this machine (or in the Ray of RAY_ADDRESS), from start to drained end."""
+
+import contextlib
+import io
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from models.config import InputError
+from serving import model_source
+from serving.config import ServingConfig
+from serving.environment import CLUSTER
+from serving.gateway.port import shared_socket
+
+logger = logging.getLogger(__name__)
+_STEP = 0.2
+
+
+def address(config: ServingConfig) -> str:
+    """The URL at which the service is reached from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+@contextmanager
+def running(config: ServingConfig, start_seconds: float = 600) -> Iterator[str]:
+    """The service, ready to answer, and its URL; drained and ended afterwards.
+
+    Raises InputError where it cannot listen, its model cannot be loaded, or it is not ready in time.
+    """
+    with _holding(config.host, config.port):
+        yield from _running(config, start_seconds)
+
+
+def _running(config: ServingConfig, start_seconds: float) -> Iterator[str]:
+    for name, value in CLUSTER.items():
+        os.environ.setdefault(name, value)
+    from ray import serve
+
+    from serving.control.controller import why_failed
+    from serving.service.app import SERVICE, build
+
+    config = model_source.check(config)
+    target = build(config.model_dump())
+    ours = model_source.connect()
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
+    try:
+        try:
+            serve.run(target, name=SERVICE, route_prefix=None)
+        except RuntimeError as error:
+            raise InputError(f"the service does not start: {why_failed(SERVICE) or error}") from error
+        _wait_ready(config, start_seconds)
+        yield address(config)
+    finally:
+        with contextlib.suppress(Exception):
+            _drain(config)
+        _end(ours)
+
+
+def run_until_stopped(config: ServingConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises what `running` raises."""
+    stopped = threading.Event()
+    with running(config) as url:
+        for number in (signal.SIGTERM, signal.SIGINT):  # set here, because Ray sets its own when it starts
+            signal.signal(number, lambda *_: stopped.set())
+        logger.info("serving %s at %s (page, /docs, /v1/embeddings, /v1/search); Ctrl-C ends it", config.model, url)
+        alarm = ""
+        while not stopped.wait(5):
+            state = _state()
+            if state["alarm"] != alarm:
+                alarm = state["alarm"]
+                logger.warning("%s", f"alarm: {alarm}" if alarm else f"serving {state['current']}, no alarm any more")
+        logger.info("draining")
+    logger.info("ended")
+
+
+def _end(ours: bool) -> None:
+    """End Serve, and Ray where it was started for it."""
+    import ray
+    from ray import serve
+
+    with contextlib.redirect_stdout(io.StringIO()):  # Ray tells there that its calls to the ended controller failed
+        serve.shutdown()
+        if ours:
+            ray.shutdown()
+
+
+def _state() -> dict[str, str]:
+    from ray import serve
+
+    from serving.service.app import SERVICE
+
+    return dict(serve.get_deployment_handle("Versions", SERVICE).state.remote().result(timeout_s=30))
+
+
+def _wait_ready(config: ServingConfig, seconds: float) -> None:
+    """Until a gateway answers; raises InputError with the reason where the first version cannot be served."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        with contextlib.suppress(URLError, OSError), urlopen(f"{address(config)}/ready", timeout=5) as reply:
+            if reply.status == 200:
+                return
+        state = _state()
+        if state["alarm"] and not state["current"]:
+            raise InputError(state["alarm"])
+        time.sleep(_STEP)
+    raise InputError(f"{config.model}: not ready within {seconds:.0f} s; Ray's logs of the replicas say why")
+
+
+def _drain(config: ServingConfig) -> None:
+    """Have the gateways stop listening; returns once nothing listens, or the deadline has passed."""
+    from ray import serve
+
+    from serving.service.app import SERVICE
+
+    serve.get_deployment_handle("Versions", SERVICE).drain.remote().result(timeout_s=5)
+    limit = time.monotonic() + min(config.door.deadline, 20)
+    while time.monotonic() < limit:
+        try:
+            socket.create_connection((config.host, config.port), timeout=1).close()
+        except OSError:
+            return
+        time.sleep(_STEP)
+
+
+@contextmanager
+def _holding(host: str, port: int) -> Iterator[None]:
+    """Keeps the port for the gateways, which share it; raises InputError where somebody else has it.
+
+    The socket never listens, so it takes no connection, but no other program can bind the port meanwhile.
+    """
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    except ValueError:
+        raise InputError(f"--host {host}: give an address such as 127.0.0.1 or 0.0.0.0") from None
+    try:
+        with socket.socket(family) as probe:  # sharing would hide that another service is there
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+        held = shared_socket(host, port)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: {(error.strerror or 'refused').lower()}; choose another"
+        ) from error
+    with held:
+        yield

@@ -1,0 +1,215 @@
+"""What is compared: runs and the trials of sweeps, each with its settings, scores, cost and state.
+
+Read from run folders and sweep folders, local or on object storage. A run's learning curve and time come from MLflow
+where it can be reached, else from the list of its checkpoints.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from models.config import InputError
+from pipelines import storage
+from pipelines.artifacts.resolve import Listed, listed_checkpoints, read_experiment
+from pipelines.config import ExperimentConfig
+from pipelines.tracking.history import Histories
+from tuning.sweep.sweep_record import FILE_NAME, METRIC, Sweep, Trial, mean_recall
+
+logger = logging.getLogger(__name__)
+
+HEALTH = ("codebook/", "embedding/")
+"""Metrics of a run's codes and vectors, measured while it trains."""
+_READERS = 16
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A run or a trial."""
+
+    name: str
+    where: str
+    """Its run folder."""
+    config: ExperimentConfig
+    status: str
+    """finished, pruned, failed, stopped, running, pending, or unfinished: not over, and nothing says that it runs."""
+    reason: str = ""
+    sweep: str = ""
+    """Folder of its sweep, if it is a trial."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """What its sweep set, by dotted key."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the packaged model where finished, else of the last validation; the health of codes as last measured."""
+    curve: Sequence[tuple[float, float]] = ()
+    """(samples seen, recall) at each validation on the validation sample."""
+    sample_pairs: float = 0.0
+    """Pairs of that sample; 0 where it is not known."""
+    samples: float = 0.0
+    """Samples seen, repeats aside."""
+    seconds: float = 0.0
+    """0 where it is not known."""
+    alarms: Sequence[str] = ()
+    repeats: Sequence[Mapping[str, float]] = ()
+    """Metrics of the same settings with other seeds."""
+    protocol: Mapping[str, str] = field(default_factory=dict)
+    """How it was scored, as far as that is known: equal fields, comparable scores."""
+
+    @property
+    def recall(self) -> float | None:
+        """First-stage recall@1, mean of both ways; None where it was not measured."""
+        return recall_of(self.metrics)
+
+
+def recall_of(metrics: Mapping[str, float]) -> float | None:
+    """First-stage recall@1, mean of both ways; None where it is missing or not a number."""
+    value = mean_recall(dict(metrics))
+    return value if math.isfinite(value) else None
+
+
+def gather(paths: Sequence[str], histories: Histories | None = None) -> list[Compared]:
+    """The runs, and all trials of the sweeps, in the order given; one that is named twice is there once.
+
+    Raises InputError where a path is neither a run folder nor a sweep folder.
+    """
+    histories = histories or Histories()
+    found: dict[str, Compared] = {}
+    for path in paths:
+        uri = storage.make_absolute(path.rstrip("/") or path)
+        if storage.exists(storage.join(uri, FILE_NAME)):
+            items = _trials(uri, with_name=len(paths) > 1)
+        else:
+            items = [_run(uri, histories)]
+        for item in items:
+            found.setdefault(item.where, item)
+    return _unique(list(found.values()))
+
+
+def _unique(items: list[Compared]) -> list[Compared]:
+    """Runs of equal names are called by their folders."""
+    names = [item.name for item in items]
+    return [replace(item, name=item.where) if names.count(item.name) > 1 else item for item in items]
+
+
+# Sweeps
+
+
+def _trials(uri: str, with_name: bool) -> list[Compared]:
+    sweep = Sweep.load(uri)
+    prefix = f"{sweep.name}/" if with_name else ""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(lambda trial: _trial(uri, sweep, trial, prefix), sweep.trials))
+
+
+def _trial(uri: str, sweep: Sweep, trial: Trial, prefix: str) -> Compared:
+    run = storage.join(uri, trial.run_folder or f"trials/{trial.trial_id}")
+    config = sweep.base.override(trial.overrides)
+    metrics = _health(run, trial.metrics, trial.status) | trial.metrics
+    return Compared(
+        name=f"{prefix}{trial.trial_id}",
+        where=run,
+        config=config,
+        status=trial.status,
+        reason=trial.reason,
+        sweep=uri,
+        overrides=trial.overrides,
+        metrics=metrics,
+        curve=trial.curve,
+        sample_pairs=sweep.protocol.pairs,
+        samples=trial.samples_seen,
+        seconds=trial.seconds,
+        alarms=trial.alarms,
+        repeats=[repeat.metrics for repeat in trial.repeats],
+        protocol=_protocol(config, metrics, sweep.protocol.val_manifest),
+    )
+
+
+def _health(run: str, metrics: Mapping[str, float], status: str) -> dict[str, float]:
+    """The codebook's metrics of the packaged checkpoint, or of the latest, where `metrics` has none."""
+    if status == "pending" or any(key.startswith(HEALTH) for key in metrics):
+        return {}
+    try:
+        checkpoints = listed_checkpoints(run)
+    except InputError as error:
+        logger.warning("%s", error)  # one damaged trial must not hide the others
+        return {}
+    if not checkpoints:
+        return {}
+    chosen = max(checkpoints, key=lambda listed: listed.recall) if status == "finished" else checkpoints[-1]
+    return {key: value for key, value in chosen.metrics.items() if key.startswith(HEALTH)}
+
+
+# Runs
+
+
+def _run(uri: str, histories: Histories) -> Compared:
+    config_uri = storage.join(uri, "config.json")
+    wrong = f"{uri}: neither a run folder nor a sweep folder; give OUT/NAME of `triptych train` or `triptych tune`"
+    if not storage.exists(config_uri) or storage.exists(storage.join(uri, "position.json")):
+        raise InputError(wrong)
+    if _json(config_uri).get("format"):  # an encoder package
+        raise InputError(wrong)
+    config = read_experiment(config_uri)
+    checkpoints = listed_checkpoints(uri)
+    record = storage.join(uri, "mlflow.json")
+    run_id = str(_json(record).get("run_id", "")) if storage.exists(record) else ""
+    past = histories.read(run_id, METRIC)
+    metrics_uri = storage.join(uri, "metrics.json")
+    finished = storage.exists(metrics_uri)
+    latest = dict(checkpoints[-1].metrics) if checkpoints else {}
+    metrics = _health(uri, {}, "finished" if finished else "unfinished") | (_json(metrics_uri) if finished else latest)
+    curve = past.curve if past and past.curve else _curve(checkpoints)
+    return Compared(
+        name=config.name or uri.rsplit("/", 1)[-1],
+        where=uri,
+        config=config,
+        status="finished" if finished else _STATUS.get(past.status if past else "", "unfinished"),
+        metrics=metrics,
+        curve=curve,
+        sample_pairs=latest.get("val/pairs", 0.0),
+        samples=max([latest.get("samples_seen", 0.0), *(samples for samples, _ in curve)]),
+        seconds=past.seconds if past else 0.0,
+        protocol=_protocol(config, metrics, past.tags.get("triptych.val_manifest", "") if past else ""),
+    )
+
+
+_STATUS = {"RUNNING": "running", "FAILED": "failed", "KILLED": "stopped"}
+
+
+def _curve(checkpoints: Sequence[Listed]) -> list[tuple[float, float]]:
+    """What the checkpoints that were kept know of it."""
+    points = ((c.metrics.get("samples_seen"), c.metrics.get(METRIC)) for c in checkpoints)
+    return sorted((float(samples), float(value)) for samples, value in points if samples and value is not None)
+
+
+def _protocol(config: ExperimentConfig, metrics: Mapping[str, float], manifest: str) -> dict[str, str]:
+    """How recall was measured: on what, how much of it, and how that was read."""
+    pairs = config.pairs
+    fields = {
+        "validation data": config.val_data,
+        "validation manifest": manifest,
+        "pictures scored": _count(metrics, "val/images"),
+        "captions scored": _count(metrics, "val/captions"),
+        "columns": f"{pairs.image_column}, {pairs.caption_column}, {pairs.image_id_column}",
+        "words of a caption": str(pairs.max_caption_words),
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+def _count(metrics: Mapping[str, float], name: str) -> str:
+    return f"{int(metrics[name]):,}" if name in metrics else ""
+
+
+def _json(uri: str) -> dict[str, Any]:
+    """A JSON object; raises InputError where it is damaged."""
+    try:
+        document = json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{uri}: damaged, not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{uri}: damaged, no JSON object")
+    return document

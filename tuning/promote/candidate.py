@@ -1,0 +1,112 @@
+"""Which model a promotion is about: a run that finished, or the best finished trial of a sweep."""
+
+import json
+import math
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from models.config import InputError
+from models.package import FILES
+from pipelines import storage
+from pipelines.artifacts.resolve import read_experiment
+from pipelines.config import ExperimentConfig
+from pipelines.data.manifest import Manifest
+from pipelines.tracking.registry import Registry
+from tuning.sweep.sweep_record import FILE_NAME, Sweep, Trial, mean_recall
+
+COLLAPSE = "codebook/collapse"
+"""A trial with an alarm of this name agrees with itself because few codes are in use; it is never chosen."""
+
+
+class Candidate(NamedTuple):
+    """A finished run with a package."""
+
+    run: str
+    """Its folder."""
+    trial: str
+    """Its id in a sweep; "" of a run of its own."""
+    experiment: ExperimentConfig
+    measured: dict[str, float]
+    """The run's own metrics of its package on its validation data."""
+    manifest: str
+    """Hash of the training data's manifest."""
+    run_id: str
+    """In MLflow, "" where the registry's server does not know it."""
+    commit: str
+    """The code it was trained with, as far as MLflow knows it."""
+
+    @property
+    def package(self) -> str:
+        """URI of its encoder package."""
+        return storage.join(self.run, "package")
+
+
+def read_candidate(model: str, registry: Registry) -> Candidate:
+    """The run of a RUN or SWEEP folder; raises InputError unless it finished and left a package with its metrics."""
+    run = storage.make_absolute(model.rstrip("/"))
+    trial = _trial_of(run)
+    if storage.exists(storage.join(run, FILE_NAME)):
+        trial = best_trial(run)
+        run = storage.join(run, trial.run_folder)
+    for file in ("config.json", "manifest.parquet"):
+        if not storage.exists(storage.join(run, file)):
+            raise InputError(f"{run}: neither a run folder nor a sweep folder, {file} is not there")
+    run_id = trial.mlflow_run_id if trial else _tracked_as(run)
+    tracked = registry.run(run_id) if run_id else None
+    if tracked and tracked.status != "FINISHED":
+        raise InputError(f"{run}: the run did not finish, MLflow has it as {tracked.status}; go on with --resume")
+    if not storage.exists(storage.join(run, "metrics.json")) or not storage.exists(storage.join(run, "package", FILES)):
+        raise InputError(f"{run}: the run left no package with metrics, so it did not finish; go on with --resume")
+    return Candidate(
+        run,
+        trial.trial_id if trial else "",
+        read_experiment(storage.join(run, "config.json")),
+        _json(storage.join(run, "metrics.json")),
+        Manifest.load(storage.join(run, "manifest.parquet")).hash,
+        run_id if tracked else "",
+        tracked.tags.get("triptych.commit", "unknown") if tracked else "unknown",
+    )
+
+
+def best_trial(folder: str) -> Trial:
+    """The finished trial of a sweep with the highest mean recall@1, of finalists the mean over their seeds.
+
+    Where finalists were repeated, only they are looked at: a single run of another trial may have been lucky.
+    Raises InputError where there is none.
+    """
+    trials = Sweep.load(folder).trials
+    finished = [trial for trial in trials if trial.status == "finished" and not math.isnan(trial.recall)]
+    sound = [trial for trial in finished if not any(COLLAPSE in text for text in trial.alarms)]
+    if not sound:
+        why = f"{len(finished)} finished, but with a collapsed codebook" if finished else "none finished"
+        raise InputError(f"{folder}: no trial to promote; of {len(trials)} {why}")
+    return max([trial for trial in sound if trial.repeats] or sound, key=_recall_over_seeds)
+
+
+def _recall_over_seeds(trial: Trial) -> float:
+    return fmean([trial.recall, *(mean_recall(repeat.metrics) for repeat in trial.repeats)])
+
+
+def _trial_of(run: str) -> Trial | None:
+    """The trial whose run folder it is: a sweep's runs are tracked by its record, without files of their own."""
+    sweep, _, trial_id = run.rpartition("/trials/")
+    if not sweep or not storage.exists(storage.join(sweep, FILE_NAME)):
+        return None
+    return next((trial for trial in Sweep.load(sweep).trials if trial.trial_id == trial_id), None)
+
+
+def _tracked_as(run: str) -> str:
+    record = storage.join(run, "mlflow.json")
+    return str(_json(record).get("run_id", "")) if storage.exists(record) else ""
+
+
+def _json(uri: str) -> dict[str, Any]:
+    try:
+        document = json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{uri}: damaged, not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{uri}: damaged, no JSON object")
+    return document

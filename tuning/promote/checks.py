@@ -1,0 +1,152 @@
+"""What a candidate must pass before it may become champion: whole, the same vectors, the same recall, not worse."""
+
+from collections.abc import Callable
+from math import sqrt
+from pathlib import Path
+
+from torch import Tensor
+
+from models.config import InputError
+from models.package import health_vectors, load_package, load_tensors, verify_files
+from pipelines import storage
+from pipelines.artifacts.resolve import local_copy, mean_recall, registered_package
+from pipelines.cluster import connect
+from pipelines.config import ExperimentConfig
+from pipelines.data.manifest import build_manifest
+from pipelines.evaluation.evaluate import evaluate_package
+from pipelines.tracking.registry import SPACE, Version
+from tuning.promote.candidate import Candidate
+from tuning.promote.promotion_record import Promotion
+
+VECTORS_TOLERANCE = 1e-5
+RECALL_TOLERANCE = 1e-6
+Smoke = Callable[[Path], tuple[Tensor, Tensor]]
+"""Package folder -> the vectors that a service of it answers for the health inputs: (pictures, D), (captions, D)."""
+
+
+class HeldOut:
+    """The pairs that candidate and champion are scored on."""
+
+    def __init__(self, data: str, experiment: ExperimentConfig) -> None:
+        self.data, self._experiment, self.hash = storage.make_absolute(data), experiment, ""
+
+    def score(self, package: str, rerank_top: int | None = 0) -> dict[str, float]:
+        """`val/...` of a package (local folder)."""
+        self.check()
+        connect.connect()
+        scores = evaluate_package(package, self.data, self._experiment, rerank_top)
+        return {f"val/{key}": value for key, value in scores.items()}
+
+    def check(self) -> None:
+        """Raises InputError once the data differ from those of the first score."""
+        found = build_manifest(self.data, self._experiment.pairs).hash
+        if self.hash not in ("", found):
+            raise InputError(f"{storage.redact(self.data)}: the data changed meanwhile; start again")
+        self.hash = found
+
+
+def evaluate(promotion: Promotion, candidate: Candidate, held_out: HeldOut, given: bool) -> None:
+    """Score the run's package; re-ranked too, where its run was."""
+    promotion.data = storage.redact(held_out.data)
+    with promotion.step("evaluate") as said, local_copy(candidate.package) as folder:
+        said.append(f"on {promotion.data}" if given else f"on the run's validation data {promotion.data} (no --data)")
+        promotion.metrics = held_out.score(str(folder), None)
+        said.append(f"{_shown(promotion.metrics)}; the run itself measured {mean_recall(candidate.measured):.4f}")
+
+
+def verify(promotion: Promotion, candidate: Candidate, held_out: HeldOut, package: Path) -> None:
+    """Copy the package to `package`; the copy must be whole, compute its own vectors and give the same recall."""
+    with promotion.step("verify") as said:
+        storage.download(candidate.package, str(package))
+        check_files(package, candidate.package)
+        difference = check_vectors(package, candidate.package)
+        promotion.embedding_space = load_package(package).embedding_space
+        again, first = held_out.score(str(package)), promotion.metrics
+        for key in sorted(key for key in again if "recall" in key):
+            if not abs(again[key] - first[key]) <= RECALL_TOLERANCE:
+                raise InputError(f"the reloaded package gives {key} {again[key]:.6f}, but {first[key]:.6f} before")
+        said.append(
+            f"space {promotion.embedding_space}, vectors within {difference:.0e}, reloaded with the same recall"
+        )
+
+
+def check_files(folder: Path, shown_as: str) -> None:
+    """Raises InputError unless every file of a package is there, whole and unchanged."""
+    try:
+        verify_files(folder, shown_as)
+    except InputError as error:
+        reason = str(error).rpartition(";")[0]
+        raise InputError(f"{reason}; train the run again, or go on with it by --resume") from error
+
+
+def check_vectors(folder: Path, shown_as: str) -> float:
+    """The largest difference between what a package computes and the health vectors that it carries.
+
+    Raises InputError where it is no package, or they differ by more than `VECTORS_TOLERANCE`.
+    """
+    package = load_package(folder, shown_as)
+    stored = load_tensors(folder / "health.safetensors")
+    image, text, _ = health_vectors(package)
+    pairs = (("image_vectors", image), ("text_vectors", text))
+    return max(_difference(stored.get(name), now, f"{shown_as}: {name}") for name, now in pairs)
+
+
+def _difference(then: Tensor | None, now: Tensor, about: str) -> float:
+    if then is None or then.shape != now.shape:
+        raise InputError(f"{about} of other shapes than the package computes; build it again from its run")
+    worst = float((then - now).abs().max())
+    if not worst <= VECTORS_TOLERANCE:
+        raise InputError(f"{about} differ by {worst:.1e} from what the package computes; build it again from its run")
+    return worst
+
+
+def check_served(promotion: Promotion, package: Path, smoke: Smoke | None) -> None:
+    """The service must answer the package's own vectors."""
+    if smoke is None:
+        promotion.skip("served", "no service was asked for its vectors")
+        return
+    with promotion.step("served") as said:
+        expected = health_vectors(load_package(package))[:2]
+        worst = max(_difference(e, s, "the service's vectors") for e, s in zip(expected, smoke(package), strict=True))
+        said.append(f"the service answers the same vectors within {worst:.0e}")
+
+
+def compare(promotion: Promotion, champion: Version | None, held_out: HeldOut, allow_worse: bool) -> None:
+    """Refuse a candidate whose mean recall@1 is below the champion's."""
+    with promotion.step("compare") as said:
+        if champion is None:
+            said.append("there is no champion yet")
+            return
+        try:
+            with registered_package(champion) as folder:
+                promotion.champion_metrics = held_out.score(str(folder))
+        except InputError as error:
+            if not allow_worse:
+                raise InputError(f"the champion cannot be scored ({error}); --allow-worse goes on without") from error
+            held_out.check()
+            said.append(f"the champion cannot be scored ({error}); allowed")
+            return
+        held_out.check()
+        ours, theirs = mean_recall(promotion.metrics), mean_recall(promotion.champion_metrics)
+        error_of_both = sqrt(standard_error(promotion.metrics) ** 2 + standard_error(promotion.champion_metrics) ** 2)
+        line = f"recall@1 mean {ours:.4f}, champion version {champion.number} {theirs:.4f}: "
+        line += f"{ours - theirs:+.4f} +- {error_of_both:.4f} (standard error)"
+        if ours < theirs - RECALL_TOLERANCE and not allow_worse:
+            raise InputError(f"worse than the champion: {line}; --allow-worse promotes it all the same")
+        same = champion.tags.get(SPACE) == promotion.embedding_space
+        said += [line, *(["the champion has the same vectors"] if same else [])]
+        said += ["worse, and allowed"] if ours < theirs - RECALL_TOLERANCE else []
+
+
+def standard_error(metrics: dict[str, float]) -> float:
+    """Binomial standard error of the mean of recall@1 both ways, each over its own queries.
+
+    That of a difference takes both models' errors as independent. They answer the same queries, so it is mostly less.
+    """
+    text, image = metrics["val/text_retrieval_recall_at_1"], metrics["val/image_retrieval_recall_at_1"]
+    variance = text * (1 - text) / metrics["val/images"] + image * (1 - image) / metrics["val/captions"]
+    return sqrt(variance) / 2
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    return f"recall@1 mean {mean_recall(metrics):.4f} +- {standard_error(metrics):.4f}"

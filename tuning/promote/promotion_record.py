@@ -1,0 +1,97 @@
+"""The record of a promotion or a rollback: what each step did, in the log and in MLflow."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from models.config import InputError
+from pipelines.lineage import commit
+from pipelines.tracking.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Step:
+    """One step of a promotion or a rollback."""
+
+    title: str
+    outcome: Literal["done", "skipped", "refused"]
+    text: str
+
+
+@dataclass
+class Promotion:
+    """What was done, step by step; also kept as `promotion.json` in the artifacts of the candidate's run."""
+
+    name: str
+    model: str
+    action: Literal["promote", "rollback"] = "promote"
+    run_folder: str = ""
+    run_id: str = ""
+    data: str = ""
+    embedding_space: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    champion_metrics: dict[str, float] = field(default_factory=dict)
+    replaces: int | None = None
+    """The version that was champion before."""
+    version: int | None = None
+    """The version that is champion now; None unless it is."""
+    code: str = field(default_factory=commit)
+    started: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        """Where among the run's artifacts the record is."""
+        return f"promotions/{self.started}-{self.name}/promotion.json"
+
+    def text(self) -> str:
+        """A line a step."""
+        return "\n".join(f"{step.title:9} {step.outcome:8} {step.text}" for step in self.steps)
+
+    @contextlib.contextmanager
+    def step(self, title: str) -> Iterator[list[str]]:
+        """A step that is done unless it raises; what it has to say goes into the list."""
+        said: list[str] = []
+        try:
+            yield said
+        except BaseException as error:
+            self._add(Step(title, "refused", str(error) or type(error).__name__))
+            raise
+        self._add(Step(title, "done", "; ".join(said)))
+
+    def skip(self, title: str, text: str) -> None:
+        """A step that was left out, and why."""
+        self._add(Step(title, "skipped", text))
+
+    def _add(self, step: Step) -> None:
+        self.steps.append(step)
+        logger.info("%s %s: %s", step.title, step.outcome, step.text)
+
+
+class Refused(InputError):
+    """A promotion or rollback that was not made; one line with the step and the reason."""
+
+    def __init__(self, promotion: Promotion, error: InputError) -> None:
+        at = next((step.title for step in reversed(promotion.steps) if step.outcome == "refused"), "start")
+        super().__init__(f"{promotion.action} {promotion.name}: refused at {at}: {error}")
+        self.promotion = promotion
+
+
+@contextlib.contextmanager
+def recorded(promotion: Promotion, registry: Registry) -> Iterator[None]:
+    """Whatever happens, the record goes to the run's artifacts, where there is a run."""
+    try:
+        yield
+    except InputError as error:
+        raise Refused(promotion, error) from error
+    finally:
+        if promotion.run_id:
+            try:
+                registry.record(promotion.run_id, promotion.place, asdict(promotion))
+            except InputError as error:
+                logger.warning("%s is not in MLflow: %s", promotion.place, error)

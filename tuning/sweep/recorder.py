@@ -1,0 +1,290 @@
+"""The sweep's driver listens: what trials say goes into `sweep.json` and MLflow, as it comes."""
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from pipelines import storage
+from pipelines.lineage import commit
+from pipelines.tracking.run import Status, flatten
+from pipelines.train.events import Event, Listener
+from pipelines.train.fit import TrainingFailed
+from tuning.sweep.mlflow_runs import (
+    CLOSING_SECONDS,
+    FOLDER_TAG,
+    PARENT_TAG,
+    TRIAL_TAG,
+    Child,
+    find_runs,
+    finish_parent,
+    start_parent,
+)
+from tuning.sweep.sweep_record import FILE_NAME, METRIC, Repeat, Sweep, Trial, TrialStatus
+
+logger = logging.getLogger(__name__)
+
+MLFLOW: dict[TrialStatus, Status] = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
+FEWEST_DONE = 3
+"""Trials done before the sweep may be given up because most of them failed."""
+CATCH_UP_SECONDS = 30.0
+"""Longest wait for what trials have said."""
+
+
+class Recorder:
+    """The one writer of a sweep's record and of its runs in MLflow; any thread may call it."""
+
+    def __init__(self, sweep: Sweep, folder: str, train_manifest: str) -> None:
+        """Creates or continues the parent run. Raises InputError where MLflow refuses or a new one cannot be made."""
+        self.sweep, self.folder = sweep, folder
+        self.progress: dict[str, int] = {trial.trial_id: trial.samples_seen for trial in sweep.trials}
+        """Samples by trial, newer than the record's."""
+        self.lock = threading.RLock()
+        self._steps: dict[str, int] = {}
+        self._since: dict[str, float] = {}
+        self._tags = {
+            "triptych.commit": commit(),
+            "triptych.preset": sweep.preset,
+            "triptych.manifest": train_manifest,
+            "triptych.val_manifest": sweep.protocol.val_manifest,
+        }
+        self._parent = start_parent(sweep.name, folder, _parameters(sweep), self._tags, sweep.mlflow_run_id)
+        sweep.mlflow_run_id = self._parent.run_id
+        self._children: dict[str, Child] = {}
+        self._adopt()
+        self.save()
+        self._marked = threading.Event()
+        self._listener = Listener(self.hear)
+
+    @property
+    def mailbox(self) -> Any:
+        """Where trials leave their events."""
+        return self._listener.mailbox
+
+    def catch_up(self) -> None:
+        """Wait until all that trials have left so far has been heard."""
+        self._marked.clear()
+        ray.get(self.mailbox.put.remote({"kind": "mark"}))
+        self._marked.wait(CATCH_UP_SECONDS)
+
+    def _adopt(self) -> None:
+        """After an interruption: children that the record does not know, and ended trials whose child is open."""
+        if not self.sweep.trials:
+            return
+        for found in find_runs(PARENT_TAG, self.sweep.mlflow_run_id):
+            trial = next((trial for trial in self.sweep.trials if trial.trial_id == found.trial_id), None)
+            if trial is not None and not trial.mlflow_run_id:
+                trial.mlflow_run_id = found.run_id
+            if trial is not None and trial.ended and found.status == "RUNNING":
+                self._close(trial)
+
+    def save(self, last: bool = False) -> None:
+        """Write `sweep.json`; a store that does not answer gets it with the next change, unless it is the `last`."""
+        with self.lock:
+            try:
+                self.sweep.save(self.folder)
+            except storage.Unavailable as error:
+                if last:
+                    raise
+                logger.warning("%s; it is written again with the next change", error)
+
+    def add(self, trial_id: str, overrides: Mapping[str, Any]) -> None:
+        """Note a trial that a searcher has made up; a known one is left alone."""
+        with self.lock:
+            if all(trial.trial_id != trial_id for trial in self.sweep.trials):
+                place = f"trials/{trial_id}"
+                self.sweep.trials.append(Trial(trial_id=trial_id, overrides=dict(overrides), run_folder=place))
+                self.sweep.trials.sort(key=lambda trial: (len(trial.trial_id), trial.trial_id))
+                self.save()
+
+    def started(self, trial_id: str, seed: int | None) -> None:
+        """A trial's process is there."""
+        if seed is not None:
+            return
+        with self.lock:
+            trial = self.sweep.trial(trial_id)
+            trial.status, self._since[trial_id] = "running", time.monotonic()
+            if self._child(trial).open():
+                trial.mlflow_run_id = self._child(trial).run_id
+            self.save()
+
+    def hear(self, event: Event) -> None:
+        """Take an event of a trial (`tuning.sweep.trial`)."""
+        if event["kind"] == "mark":
+            self._marked.set()
+            return
+        with self.lock:
+            trial = self.sweep.trial(event["trial_id"])
+            if event["seed"] is not None:
+                self._hear_repeat(trial, event)
+            elif event["kind"] == "ended":
+                self._hear_end(trial, event)
+            elif not trial.ended:
+                self._hear_training(trial, event)
+
+    def _hear_training(self, trial: Trial, event: Event) -> None:
+        trial_id, child = trial.trial_id, self._child(trial)
+        self.progress[trial_id], self._steps[trial_id] = event["samples"], event["step"]
+        if event["kind"] == "startup":
+            child.log({"perf/startup_seconds": event["seconds"]}, event["step"])
+        elif event["kind"] == "alarm":
+            if event["level"] != "range" and event["text"] not in trial.alarms:
+                trial.alarms = [*trial.alarms, event["text"]]
+        else:
+            child.log(event["metrics"] | {"samples_seen": event["samples"]}, event["step"])
+        trial.mlflow_run_id = child.run_id
+        if event["kind"] == "validation":
+            trial.metrics, trial.samples_seen = _finite(event["metrics"]), event["samples"]
+            trial.add_point(event["samples"], event["metrics"][METRIC])
+            self._clock(trial)
+            self.save()
+
+    def _hear_end(self, trial: Trial, event: Event) -> None:
+        trial.samples_seen = max(trial.samples_seen, event["samples"])
+        if event["status"] == "paused":
+            self._clock(trial)
+            self._since.pop(trial.trial_id, None)
+            trial.status = "pending"
+            self.save()
+            return
+        if event["status"] == "finished":
+            trial.metrics = _finite(event["metrics"])
+        else:  # in the midst of training
+            trial.samples_seen = max(trial.samples_seen, self.progress[trial.trial_id])
+        self._end(trial, event["status"], event["reason"])
+
+    def _hear_repeat(self, trial: Trial, event: Event) -> None:
+        """Validations and scores of a finalist's other seeds belong to its trial and its run."""
+        seed, child = event["seed"], self._child(trial)
+        if event["kind"] == "validation":
+            child.log({f"repeat/{seed}/{name}": value for name, value in event["metrics"].items()}, event["step"])
+        elif event["kind"] == "ended" and event["status"] == "finished":
+            metrics = _finite(event["metrics"])
+            repeat = Repeat(seed=seed, metrics=metrics, samples_seen=event["samples"])
+            trial.repeats = [*(other for other in trial.repeats if other.seed != seed), repeat]
+            child.log({f"repeat/{seed}/{name}": value for name, value in metrics.items()}, self._step(trial))
+            self.save()
+        elif event["kind"] == "ended" and event["status"] != "paused":
+            trial.alarms = [*trial.alarms, f"repeat with seed {seed} {event['status']}: {event['reason']}"]
+            self.save()
+
+    def stopped(self, trial_id: str, reason: str) -> None:
+        """The scheduler has ended a trial."""
+        self.catch_up()
+        with self.lock:
+            trial = self.sweep.trial(trial_id)
+            if not trial.ended:
+                self._end(trial, "pruned", reason)
+
+    def failed(self, trial_id: str, reason: str) -> None:
+        """A trial is lost; if it said why, that stands and not `reason`."""
+        self.catch_up()
+        with self.lock:
+            trial = self.sweep.trial(trial_id)
+            if not trial.ended:
+                self._end(trial, "failed", reason)
+
+    def require_hope(self) -> None:
+        """Raises TrainingFailed where most of the trials that got anywhere failed."""
+        with self.lock:
+            done = [trial for trial in self.sweep.trials if trial.ended or trial.curve]
+            lost = [trial for trial in done if trial.status == "failed"]
+            if len(done) >= FEWEST_DONE and 2 * len(lost) > len(done):
+                raise TrainingFailed(
+                    f"{len(lost)} of {len(done)} trials failed, so the sweep stops; the last one: {lost[-1].reason}"
+                )
+
+    def _end(self, trial: Trial, status: TrialStatus, reason: str) -> None:
+        self._clock(trial)
+        self._since.pop(trial.trial_id, None)
+        trial.status, trial.reason = status, reason
+        self.progress[trial.trial_id] = trial.samples_seen
+        self.save()
+        self._close(trial)
+
+    def _clock(self, trial: Trial) -> None:
+        """Add the time since the last look to the trial's."""
+        now = time.monotonic()
+        if trial.trial_id in self._since:
+            trial.seconds = round(trial.seconds + now - self._since[trial.trial_id], 1)
+            self._since[trial.trial_id] = now
+
+    def _child(self, trial: Trial) -> Child:
+        if trial.trial_id not in self._children:
+            experiment = self.sweep.experiment(trial)
+            tags = self._tags | {
+                PARENT_TAG: self.sweep.mlflow_run_id,
+                TRIAL_TAG: trial.trial_id,
+                FOLDER_TAG: storage.join(self.folder, trial.run_folder),
+            }
+            parameters = flatten(experiment.model_dump(mode="json"))
+            name = f"{self.sweep.name}/{trial.trial_id}"
+            self._children[trial.trial_id] = Child(name, parameters, tags, trial.mlflow_run_id)
+        return self._children[trial.trial_id]
+
+    def _close(self, trial: Trial) -> None:
+        """End the trial's run in MLflow."""
+        child, package = self._child(trial), ""
+        if trial.status == "finished":
+            child.log(trial.metrics, self._step(trial))
+            package = storage.join(self.folder, trial.run_folder, "package")
+        child.close(MLFLOW[trial.status], trial.status, package)
+
+    def _step(self, trial: Trial) -> int:
+        """The optimiser step that a trial's last numbers belong to."""
+        return self._steps.get(trial.trial_id, trial.samples_seen // self.sweep.experiment(trial).optim.batch_size)
+
+    def begin_repeats(self) -> None:
+        """From here on trials that have ended are trained again: their runs in MLflow are taken up anew."""
+        with self.lock:
+            self._wait()
+            self._children.clear()
+
+    def _wait(self) -> None:
+        """Let the children that are closing do so."""
+        deadline = time.monotonic() + CLOSING_SECONDS
+        for trial_id, child in self._children.items():
+            child.wait(deadline - time.monotonic())
+            self.sweep.trial(trial_id).mlflow_run_id = child.run_id
+        self.save(last=True)
+
+    def close(self, status: Status, text: str) -> None:
+        """Send what is left to MLflow and end the parent run; children that have not ended may be continued."""
+        self._listener.close()
+        with self.lock:
+            for trial_id, child in self._children.items():
+                trial = self.sweep.trial(trial_id)
+                self._clock(trial)
+                if trial.status == "running":
+                    trial.status = "pending"
+                if not child.closing:
+                    child.close(MLFLOW.get(trial.status, "KILLED"), trial.status if trial.ended else "interrupted")
+            self._wait()
+        finish_parent(self._parent, status, _summary(self.sweep), text, storage.join(self.folder, FILE_NAME))
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """JSON has no NaN."""
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _parameters(sweep: Sweep) -> dict[str, str]:
+    """The parent run's parameters: how it searches, and the configuration that its trials share."""
+    names = ("search", "scheduler", "trials_planned", "repeats_planned", "samples_planned", "metric")
+    own = {f"sweep.{name}": str(getattr(sweep, name)) for name in names}
+    space = {f"space.{key}": json.dumps(entry) for key, entry in sweep.space.items()}
+    return own | space | flatten(sweep.base.model_dump(mode="json"))
+
+
+def _summary(sweep: Sweep) -> dict[str, float]:
+    """The parent run's metrics."""
+    counts = {status: sum(trial.status == status for trial in sweep.trials) for status in MLFLOW}
+    summary = {f"sweep/{status}": float(count) for status, count in counts.items()}
+    summary |= {"sweep/samples_used": float(sweep.samples_used)}
+    ranked = sweep.ranked()
+    return summary | ({"sweep/best_recall": ranked[0].recall} if ranked else {})
