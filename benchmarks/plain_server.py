@@ -31,16 +31,17 @@ def make_app(package_folder: Path) -> FastAPI:
     package, app = load_package(package_folder), FastAPI()
     words, tokens = package.preprocessor.max_caption_words, package.preprocessor.max_tokens
 
-    def vector(text: str) -> np.ndarray:
+    def encode(text: str) -> np.ndarray:
+        """float32 (1, D)."""
         if text.startswith("data:"):
             picture = Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2])))
-            return embed_images(package, resize_for_eval(picture, package.preprocessor.image_size)[None])[0]
-        return embed_texts(package, package.tokenizer.encode_rows([clean_caption(text, words)], tokens))[0]
+            return embed_images(package, resize_for_eval(picture, package.preprocessor.image_size)[None])
+        return embed_texts(package, package.tokenizer.encode_rows([clean_caption(text, words)], tokens))
 
     @app.post("/v1/embeddings")
     def embeddings(ask: Ask) -> dict[str, object]:
         inputs = [ask.input] if isinstance(ask.input, str) else ask.input
-        rows = [base64.b64encode(vector(text).astype("<f4").tobytes()).decode() for text in inputs]
+        rows = [base64.b64encode(encode(text).astype("<f4").tobytes()).decode() for text in inputs]
         data = [{"object": "embedding", "index": place, "embedding": row} for place, row in enumerate(rows)]
         return {"object": "list", "data": data, "model": package.name}
 

@@ -44,7 +44,7 @@ class Consistent:
 
     def __init__(self, labels: dict[str, str]) -> None:
         self._labels = labels
-        self._first: dict[tuple[str, int], bytes] = {}
+        self._first: dict[tuple[str, int], torch.Tensor] = {}
         self.versions: Counter[str] = Counter()
 
     def __call__(self, number: int, reply: Reply) -> str:

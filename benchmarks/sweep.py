@@ -114,7 +114,7 @@ def main() -> int:
     folder, rates = arguments.folder.absolute(), RATES[: arguments.trials]
     shutil.rmtree(folder, ignore_errors=True)
     synthesize(str(folder / "data"), pairs=arguments.pairs)
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     for number in range(arguments.rounds):
         hand = by_hand(arguments, folder, rates, arguments.at_once) if number % 2 == 0 else None
         seconds, sweep = by_sweep(arguments, folder, rates)

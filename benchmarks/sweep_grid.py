@@ -77,7 +77,11 @@ def main() -> int:
     folder = arguments.folder.absolute()
     data = make_corpus(folder / "data", CorpusConfig(pairs=arguments.pairs))
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    changes = {"train_data": str(data / "train"), "val_data": str(data / "val"), "out": str(folder / "runs")}
+    changes: dict[str, Any] = {
+        "train_data": str(data / "train"),
+        "val_data": str(data / "val"),
+        "out": str(folder / "runs"),
+    }
     changes |= {"optim.min_samples": arguments.samples, "optim.epochs": 0.01, "seed": arguments.seed}
     base = PRESETS[arguments.preset].override(changes)
     start, size = base.objective.temperature.start, base.objective.codebook.size
@@ -91,7 +95,7 @@ def main() -> int:
     assert winner is not None, "every trial failed"
     samples = grid.samples_planned * len(grid.trials)
     method = {name: getattr(arguments, name) for name in ("preset", "pairs", "samples", "seed")}
-    trained = {
+    trained: dict[str, Any] = {
         "winner": winner.trial_id,
         "rank": rank(curves, winner.trial_id),
         "within_error": within_error(curves, winner.trial_id, grid.protocol.pairs),
