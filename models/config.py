@@ -6,7 +6,7 @@ from operator import getitem
 from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 PACKAGE_FORMAT = "triptych-package-1"
@@ -37,7 +37,7 @@ class Config(BaseModel):
 class VisionConfig(Config):
     """Image tower: a `transformers` vision model."""
 
-    backbone: str = ""
+    backbone: str = Field("", examples=["google/vit-base-patch16-224"])
     """Local folder or hub name of a `transformers` vision model; empty builds a ViT from the numbers below."""
     image_size: PositiveInt = 32
     """Side of the square input image, pixels."""
@@ -62,9 +62,9 @@ class VisionConfig(Config):
 class TextConfig(Config):
     """Text tower: a `transformers` text encoder."""
 
-    backbone: str = ""
+    backbone: str = Field("", examples=["google-bert/bert-base-uncased"])
     """Local folder or hub name of a `transformers` text encoder; empty builds a BERT from the numbers below."""
-    tokenizer: str = ""
+    tokenizer: str = Field("", examples=["google-bert/bert-base-uncased"])
     """Folder or hub name of a `transformers` tokeniser; empty: the backbone's own, or one trained on the corpus."""
     vocab_size: PositiveInt = 4096
     """Words of the vocabulary; a tokeniser trained on the corpus has at most so many."""
@@ -153,7 +153,7 @@ class CmaConfig(Config):
 class TeacherConfig(Config):
     """Moving-average copy of the encoders."""
 
-    momentum: Annotated[float, Ge(0), Le(1)] = 0.995
+    momentum: Annotated[float, Ge(0), Le(1)] = Field(0.995, examples=[0.999])
     """Share of the old teacher kept in a step."""
 
 
@@ -213,7 +213,7 @@ class CodebookConfig(Config):
     """Share of the planned samples after which the codebook's terms set in."""
     ramp: Annotated[float, Ge(0), Le(1)] = 0.04
     """Share of the planned samples over which their weights rise from 0."""
-    assign_queue: Literal["auto"] | NonNegativeInt = "auto"
+    assign_queue: Literal["auto"] | NonNegativeInt = Field("auto", examples=["auto", 8192])
     """Queue entries in the assignment; auto: two samples a code where there are as many."""
     dist: Literal["sharded", "replicated", "local"] = "sharded"
     """Assignment over all workers with small exchanges, or on each with all rows; local: each its own (ablation)."""

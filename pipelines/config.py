@@ -1,9 +1,10 @@
 """The experiment: all that decides a training run, and the presets."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from models.config import (
     CmaConfig,
@@ -20,13 +21,13 @@ from models.config import (
 class PairsConfig(Config):
     """How pairs are read and looked at."""
 
-    image_column: str = "image"
+    image_column: str = Field("image", examples=["picture"])
     """Parquet column of the image: bytes, or the Hugging Face struct with `bytes`."""
-    caption_column: str = "caption"
+    caption_column: str = Field("caption", examples=["text"])
     """Parquet column of the caption: a string or a list of strings."""
-    id_column: str = "id"
+    id_column: str = Field("id", examples=["sku"])
     """Parquet column of your own key, if there is one."""
-    image_id_column: str = "image_id"
+    image_id_column: str = Field("image_id", examples=["picture_id"])
     """Parquet column of the image's identity, if there is one; else a hash of its bytes."""
     crop_area_min: Annotated[float, Gt(0), Le(1)] = 0.2
     """Smallest share of the picture in a training crop."""
@@ -53,7 +54,7 @@ class OptimConfig(Config):
     """cosine: by samples seen; tcl: the reference's, by epoch and iteration."""
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Share of the planned samples (cosine)."""
-    min_learning_rate: NonNegativeFloat = 0.0
+    min_learning_rate: NonNegativeFloat = Field(0.0, examples=[5e-6])
     """Last rate."""
     warmup_epochs: NonNegativeInt = 20
     """Steps of 100 iterations in the first epoch (tcl)."""
@@ -61,7 +62,7 @@ class OptimConfig(Config):
     """First rate (tcl)."""
     weight_decay: NonNegativeFloat = 0.02
     """Decay of matrices, tables and scalars; never of vectors."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = Field((0.9, 0.999), examples=[(0.9, 0.98)])
     """Decay rates of AdamW's moments."""
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
@@ -70,9 +71,9 @@ class OptimConfig(Config):
     batch_size: PositiveInt = 64
     """Pairs of one step over all workers."""
     epochs: PositiveFloat = 1.0
-    """Passes over the data, fractions allowed."""
-    min_samples: NonNegativeInt = 0
-    """Train at least so many samples, in more passes where needed; 0 where --optim.epochs is given by hand."""
+    """Passes over the data, fractions allowed; given by hand, it also sets `min_samples` to 0."""
+    min_samples: NonNegativeInt = Field(0, examples=[100_000])
+    """Train at least so many samples, in more passes where needed; 0 where `epochs` is given by hand without it."""
 
 
 class RecomputeConfig(Config):
@@ -99,7 +100,7 @@ class ComputeConfig(Config):
     """Logical CPUs of a worker; what is left decodes the data."""
     cpus_per_data_task: PositiveFloat = 0.25
     """Logical CPUs of a data task."""
-    chunk_size: NonNegativeInt = 0
+    chunk_size: NonNegativeInt = Field(0, examples=[32])
     """Pairs that a worker encodes at once, of its share of the batch; fewer need less memory; 0: all."""
     recompute: RecomputeConfig = RecomputeConfig()
     compile: bool = False
@@ -142,15 +143,15 @@ class ExperimentConfig(Config):
 
     preset: str = ""
     """The preset it started from."""
-    train_data: str = ""
+    train_data: str = Field("", examples=["s3://bucket/pairs/train"])
     """Folder, file or URL of the training pairs (parquet or webdataset)."""
-    val_data: str = ""
+    val_data: str = Field("", examples=["s3://bucket/pairs/val"])
     """Folder, file or URL of the validation pairs."""
-    out: str = ""
+    out: str = Field("", examples=["s3://bucket/runs"])
     """Folder or URL for the run's folder."""
-    name: str = ""
+    name: str = Field("", examples=["first"])
     """The run's name; empty: <preset>-<UTC time>."""
-    init: str = ""
+    init: str = Field("", examples=["s3://bucket/runs/first"])
     """A run folder, checkpoint or package whose weights are the start."""
     seed: NonNegativeInt = 0
     """Seed of weights, order and draws."""
@@ -162,6 +163,10 @@ class ExperimentConfig(Config):
     validation: ValidationConfig = ValidationConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     progress: ProgressConfig = ProgressConfig()
+
+    def override(self, changes: Mapping[str, Any]) -> Self:
+        """As of any configuration; a length given in `optim.epochs` is not made longer by `optim.min_samples`."""
+        return super().override(({"optim.min_samples": 0} if "optim.epochs" in changes else {}) | dict(changes))
 
 
 THIRD = 1 / 3

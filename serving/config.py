@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from models.config import Config
 
@@ -34,9 +34,9 @@ class DoorConfig(Config):
     """Seconds after which a request is given up with 504."""
     body_seconds: PositiveFloat = 20
     """Seconds that a body may take to arrive."""
-    api_keys: str = ""
+    api_keys: str = Field("", examples=["keys.txt"])
     """File of keys, a line each (`label:key` or `key`); TRIPTYCH_API_KEYS, separated by commas, comes first."""
-    url_images: tuple[str, ...] = ()
+    url_images: tuple[str, ...] = Field((), examples=[("images.example.com", "*.example.com")])
     """Hosts that pictures may be fetched from (`images.example.com`, `*.example.com`); none: no URLs are fetched."""
     url_seconds: PositiveFloat = 5
     """Seconds that fetching a picture may take, redirects included."""
@@ -63,7 +63,7 @@ class ReplicaConfig(Config):
 
     replicas: PositiveInt = 1
     """Processes, or the fewest of them."""
-    max_replicas: NonNegativeInt = 0
+    max_replicas: NonNegativeInt = Field(0, examples=[4])
     """Most processes; 0: no scaling."""
     target_batches: PositiveFloat = 3
     """Batches under way per process that scaling aims at."""
@@ -82,7 +82,7 @@ class VersionsConfig(Config):
 
     poll: PositiveFloat = 5
     """Seconds between two looks at the alias."""
-    keep: NonNegativeInt = 1
+    keep: NonNegativeInt = Field(1, examples=[0])
     """1: the version before stays loaded, so that going back is instant; 0: it goes once it is drained."""
     start_timeout: PositiveFloat = 300
     """Seconds that a new version may take to load, warm up and answer its health vectors."""
@@ -95,9 +95,9 @@ class ServingConfig(Config):
 
     model: str
     """A run folder, a checkpoint, a package, or models:/NAME@ALIAS, which is followed."""
-    index: str = ""
+    index: str = Field("", examples=["s3://bucket/index/7"])
     """Index for search; may contain {space}; empty: the registry tag triptych.index_uri of each version."""
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", examples=["0.0.0.0"])
     """Address to listen on."""
     port: NonNegativeInt = 8000
     """Port to listen on, shared by the gateways of a machine."""

@@ -4,15 +4,44 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from models.config import InputError
+from pydantic import Field
+
+from models.config import Config, InputError
 from pipelines.cli.console import DONE, FAILED, RESULTS, USAGE, Parser, complain, log_to_stderr, say
-from pipelines.cli.flags import UsageError, flag_help, parse_flags
+from pipelines.cli.flags import UsageError, flag_help, parse_two
 from pipelines.cli.serving import embed, index, serve
 
 if TYPE_CHECKING:
     from pipelines.config import ExperimentConfig
+
+OptionsT = TypeVar("OptionsT", bound=Config)
+
+
+class TrainOptions(Config):
+    """What `train` takes besides the experiment."""
+
+    resume: bool = False
+    """Go on with the run OUT/NAME."""
+
+
+class TuneOptions(Config):
+    """What `tune` takes besides the experiment; empty values take the defaults."""
+
+    space: str = Field("", examples=["temperature-codebook"])
+    """temperature, codebook, weights, temperature-codebook (the default), or a JSON file such as
+    {"objective.temperature.start": [0.05, 0.1], "optim.learning_rate": {"loguniform": [1e-4, 1e-2]}}"""
+    trials: int | None = Field(None, examples=[16])
+    """Trials (default: the whole grid where there is one, else 16)."""
+    search: str = Field("", examples=["grid", "random", "optuna"])
+    """How the trials' values are chosen (default: grid where the whole grid is tried, else random)."""
+    scheduler: str = Field("", examples=["asha", "halving", "median", "none"])
+    """What ends weak trials early (default: halving; with optuna asha)."""
+    repeats: int = 0
+    """Train the finalists so many more times with other seeds."""
+    resume: bool = False
+    """Go on with the sweep OUT/NAME."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,68 +57,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     log_to_stderr()
     if not words or words[0] in ("-h", "--help"):
-        say(USAGE_TEXT)
+        say(_usage())
         return DONE if words else USAGE
     try:
         if words[0] not in COMMANDS:
             raise UsageError(f"unknown command {words[0]!r}; one of {', '.join(COMMANDS)}")
-        return COMMANDS[words[0]](words[1:])
+        return COMMANDS[words[0]].run(words[1:])
     except UsageError as error:
         return complain(error, USAGE)
     except InputError as error:
         return complain(error, FAILED)
     except KeyboardInterrupt:
         return complain("stopped", 130)
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingFailed":  # imported by the train command only
-            raise
-        return complain(error, FAILED)
 
 
 def train(words: Sequence[str]) -> int:
     """triptych train PRESET --train-data URI --val-data URI --out URI [--name NAME] [--resume] [flags]"""
-    if (preset := _preset("train", words, train.__doc__ or "")) is None:
+    if (asked := _asked("train", words, train.__doc__ or "", TrainOptions())) is None:
         return DONE if words else USAGE
-    resume = "--resume" in words
-    experiment = _experiment(preset, [word for word in words[1:] if word != "--resume"])
+    experiment, options = asked
 
     from pipelines.evaluation.recall_table import recall_table
-    from pipelines.train.fit import fit
+    from pipelines.train.fit import TrainingFailed, fit
 
-    result = fit(experiment, resume)
+    try:
+        result = fit(experiment, options.resume)
+    except TrainingFailed as error:
+        return complain(error, FAILED)
     say(recall_table(result.metrics))
     say(f"run folder: {result.run_folder}\nMLflow run: {result.mlflow_run_id}")
     return DONE
 
 
-TUNE_HELP = """triptych tune PRESET --train-data URI --val-data URI --out URI [--name NAME] [--resume] [flags of train]
-
-  --space NAME|FILE    temperature, codebook, weights, temperature-codebook (the default), or a JSON file such as
-                       {"objective.temperature.start": [0.05, 0.1], "optim.learning_rate": {"loguniform": [1e-4, 1e-2]}}
-  --trials N           trials (default: the whole grid where there is one, else 16)
-  --search S           grid, random or optuna
-  --scheduler S        asha, halving, median or none (default: halving; with optuna asha)
-  --repeats R          train the finalists R more times with other seeds (default 0)
-  --resume             go on with the sweep OUT/NAME"""
+TUNE_HELP = "triptych tune PRESET --train-data URI --val-data URI --out URI [--name NAME] [--resume] [flags]"
 
 
 def tune(words: Sequence[str]) -> int:
     """Search settings of a preset: many runs, the weak ones ended early."""
-    if (preset := _preset("tune", words, TUNE_HELP)) is None:
+    if (asked := _asked("tune", words, TUNE_HELP, TuneOptions())) is None:
         return DONE if words else USAGE
-    parser = Parser("triptych tune PRESET", add_help=False)
-    for name in ("--space", "--search", "--scheduler"):
-        parser.add_argument(name, default="")
-    parser.add_argument("--trials", type=int)
-    parser.add_argument("--repeats", type=int, default=0)
-    parser.add_argument("--resume", action="store_true")
-    options, flags = parser.parse_known_args(words[1:])
-    base = _experiment(preset, flags)
+    base, options = asked
 
+    from pipelines.train.fit import TrainingFailed
     from tuning.sweep.plan import Request
     from tuning.sweep.run_sweep import tune as run_sweep
 
-    outcome = run_sweep(Request(base=base, **vars(options)))
+    try:
+        outcome = run_sweep(Request(base=base, **options.model_dump()))
+    except TrainingFailed as error:
+        return complain(error, FAILED)
     say(outcome.text)
     return DONE
 
@@ -140,26 +156,22 @@ def rollback(words: Sequence[str]) -> int:
     return DONE
 
 
-def _preset(command: str, words: Sequence[str], text: str) -> "ExperimentConfig | None":
-    """The preset that the words begin with; None where help was asked for, and printed."""
+def _asked(
+    command: str, words: Sequence[str], usage: str, options: OptionsT
+) -> "tuple[ExperimentConfig, OptionsT] | None":
+    """The preset that the words begin with and the options, changed by flags; None where help was asked for."""
     from pipelines.config import PRESETS
 
     if not words or words[0] in ("-h", "--help"):
-        say(f"{text}\n\npresets: {' '.join(PRESETS)}\n\n`triptych {command} PRESET --help` lists every flag")
+        presets = f"presets: {' '.join(PRESETS)}\n\n`triptych {command} PRESET --help` lists every flag"
+        say(f"{usage}\n\n{flag_help(options)}\n\n{presets}")
         return None
     if words[0] not in PRESETS:
         raise UsageError(f"unknown preset {words[0]!r}; one of {', '.join(PRESETS)}")
     if "-h" in words or "--help" in words:
-        say(f"{text}\n{flag_help(PRESETS[words[0]])}")
+        say(f"{usage}\n\n{flag_help(options, PRESETS[words[0]])}")
         return None
-    return PRESETS[words[0]]
-
-
-def _experiment(preset: "ExperimentConfig", flags: Sequence[str]) -> "ExperimentConfig":
-    """The preset changed by flags; a length given by hand is not made longer."""
-    if any(word.split("=")[0] == "--optim.epochs" for word in flags):
-        preset = preset.override({"optim.min_samples": 0})
-    return parse_flags(flags, preset)
+    return parse_two(words[1:], PRESETS[words[0]], options)
 
 
 def evaluate(words: Sequence[str]) -> int:
@@ -227,31 +239,34 @@ def submit(words: Sequence[str]) -> int:
     return submit_job(list(words))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "data": data,
-    "train": train,
-    "tune": tune,
-    "compare": compare,
-    "evaluate": evaluate,
-    "promote": promote,
-    "rollback": rollback,
-    "embed": embed,
-    "index": index,
-    "serve": serve,
-    "submit": submit,
+class Command(NamedTuple):
+    """A command and what `triptych --help` says of it: {its form: what it does}."""
+
+    run: Callable[[Sequence[str]], int]
+    forms: dict[str, str]
+
+
+COMMANDS = {
+    "data": Command(data, {"data synth OUT": "write a generated corpus", "data index|lint|stats URI": "look at data"}),
+    "train": Command(train, {"train PRESET ...": "train, track and package a model"}),
+    "tune": Command(tune, {"tune PRESET ...": "search settings: many runs, the weak ones ended early"}),
+    "compare": Command(compare, {"compare SWEEP|RUN ...": "rank runs with errors; table and report"}),
+    "evaluate": Command(evaluate, {"evaluate MODEL ...": "retrieval recall on a held-out split"}),
+    "promote": Command(promote, {"promote RUN|SWEEP ...": "gate, registry, alias champion"}),
+    "rollback": Command(rollback, {"rollback --name NAME": "the champion before"}),
+    "embed": Command(embed, {"embed MODEL ...": "a corpus to vectors"}),
+    "index": Command(index, {"index VECTORS ...": "vectors to an index"}),
+    "serve": Command(serve, {"serve MODEL ...": "embeddings and search over HTTP, and a page to try them"}),
+    "submit": Command(submit, {"submit COMMAND...": "run any of these as a job on a Ray cluster"}),
 }
 
-USAGE_TEXT = """usage: triptych COMMAND ...
 
-  data synth OUT          write a generated corpus          data index|lint|stats URI   look at data
-  train PRESET ...        train, track and package a model
-  tune PRESET ...         search settings: many runs, the weak ones ended early
-  compare SWEEP|RUN ...   rank runs with errors; table and report
-  evaluate MODEL ...      retrieval recall on a held-out split
-  promote RUN|SWEEP ...   gate, registry, alias champion    rollback --name NAME        the champion before
-  embed MODEL ...         a corpus to vectors               index VECTORS ...           vectors to an index
-  serve MODEL ...         embeddings and search over HTTP, and a page to try them
-  submit COMMAND...       run any of these as a job on a Ray cluster
+def _usage() -> str:
+    forms = [form for command in COMMANDS.values() for form in command.forms.items()]
+    lines = "\n".join(f"  {form:<27}{meaning}" for form, meaning in forms)
+    return f"""usage: triptych COMMAND ...
+
+{lines}
 
 MODEL is a run folder, a checkpoint, an encoder package or models:/NAME@ALIAS.
 `triptych COMMAND --help` says more. Paths are local or URLs (s3://, gs://, file://)."""

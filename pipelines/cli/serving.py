@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from pipelines.cli.console import DONE, USAGE, Parser, say
-from pipelines.cli.flags import flag_help, parse_flags
+from pipelines.cli.flags import UsageError, flag_help, parse_flags
 
 SERVE_HELP = """triptych serve MODEL [--index URI] [--host H] [--port N] [flags]
 
@@ -85,8 +85,10 @@ def serve(words: Sequence[str]) -> int:
     from serving.config import ServingConfig
 
     if not words or "-h" in words or "--help" in words:
-        say(f"{SERVE_HELP}\n{flag_help(ServingConfig(model='MODEL'))}")
+        say(f"{SERVE_HELP}\n\n{flag_help(ServingConfig(model='MODEL'))}")
         return DONE if words else USAGE
+    if words[0].startswith("-"):
+        raise UsageError(f"serve takes a MODEL before its flags, got {words[0]}")
     config = parse_flags(words[1:], ServingConfig(model=words[0]))
 
     from serving.service.run import run_until_stopped
