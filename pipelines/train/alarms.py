@@ -1,7 +1,7 @@
 """What is wrong with a run's codes and embeddings, and what to do about it: the bounds of codebook spec 5."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal, NamedTuple
 
 from models.config import CodebookConfig, ObjectiveConfig
@@ -16,6 +16,8 @@ KL_HALF_LIFE = 100
 """Steps in which a reading of the reducible loss loses half its weight in the smoothed one."""
 KL_SETTLED = 5 * KL_HALF_LIFE
 """Steps of readings that make a smoothed one: a first that is low by chance must not be the mark of all later ones."""
+COLLAPSE = "codebook/collapse"
+"""Key of the alarm that pairs agree only because few codes are in use; its value is `codebook/agree1`."""
 
 Level = Literal["range", "alarm", "stop"]
 LEVELS: tuple[Level, ...] = ("range", "alarm", "stop")
@@ -30,6 +32,10 @@ class Alarm(NamedTuple):
     """range: it left its healthy range; alarm: likely broken; stop: going on is pointless."""
     message: str
     """One line: what, value, bound, what to do."""
+
+    def ends(self, fatal: Collection[str]) -> bool:
+        """Whether it ends a run to which alarms of the keys in `fatal` are a reason to stop."""
+        return self.level == "stop" or (self.level == "alarm" and self.key in fatal)
 
 
 class Against(NamedTuple):
@@ -129,7 +135,7 @@ ROWS: tuple[Row, ...] = (
     ),
     # Of agreement, with few codes in use: everything in the same few codes agrees, and says nothing.
     Row(
-        "codebook/collapse",
+        COLLAPSE,
         "above",
         (None, lambda a: 0.9 if a.ppl_share < 0.1 else math.inf, None),
         "pairs agree because few codes are in use; set objective.codebook.balance 1, or raise objective.weights.cma",
@@ -202,7 +208,7 @@ class Alarms:
         if "codebook/kl" in values:
             values["codebook/kl"] = self._trend.add(values["codebook/kl"], step)
         if "codebook/agree1" in values:
-            values["codebook/collapse"] = values["codebook/agree1"]
+            values[COLLAPSE] = values["codebook/agree1"]
         first = self._against.gap_first
         self._against = self._against._replace(
             ppl_share=min(values.get(f"codebook/ppl_{modality}_share", math.inf) for modality in "vt"),

@@ -35,6 +35,11 @@ class TrainingFailed(RuntimeError):
     history: Sequence[Event] = ()
     """The run's events in this process, in order."""
 
+    def __init__(self, reason: str, alarm: str = "") -> None:
+        """`alarm` is the key of the alarm that ended it; empty where something else did."""
+        super().__init__(reason)
+        self.alarm = alarm
+
 
 class TrainingLeft(RuntimeError):
     """A run that is followed was told to leave at a hold: its last checkpoint is there to go on from."""
@@ -49,7 +54,7 @@ class Following:
     holds: tuple[int, ...] = ()
     """Samples seen after which, once validated, the run asks whether to go on."""
     fatal: tuple[str, ...] = ()
-    """Keys of alarms that end the run, besides those of level stop."""
+    """Keys of which an alarm ends the run, besides whatever has level stop."""
 
     def job(self, prepared: Prepared) -> Job:
         """The workers' job."""
@@ -173,7 +178,7 @@ def _train(job: Job, run: str) -> None:
         raise TrainingFailed(f"Ray lost the run ({type(error).__name__}); go on with --resume") from error
     outcome = result.return_value or {}
     if "stopped" in outcome:
-        raise TrainingFailed(outcome["stopped"])
+        raise TrainingFailed(outcome["stopped"], outcome["alarm"])
     if "left" in outcome:
         raise TrainingLeft(f"left after {outcome['left']:,} samples")
 

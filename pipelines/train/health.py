@@ -17,6 +17,11 @@ REPAIR_UNTIL = 0.9
 class TrainingStopped(RuntimeError):
     """Training cannot go on, and trying again would not help: one line that says why."""
 
+    def __init__(self, reason: str, alarm: str = "") -> None:
+        """`alarm` is the key of the alarm that ended it; empty where something else did."""
+        super().__init__(reason)
+        self.alarm = alarm
+
 
 class Watch:
     """Looks at a run at every report; all workers see the same and decide alike."""
@@ -24,7 +29,6 @@ class Watch:
     def __init__(self, state: TrainState, settings: StepSettings, workers: Workers, width: int) -> None:
         self._state, self._settings, self._workers = state, settings, workers
         self._alarms = Alarms(settings.objective, width)
-        self._raised = 0
 
     def usage(self, step: int, progress: float) -> dict[str, float]:
         """Share what the workers counted; usage metrics; repair of dead codes after each full window."""

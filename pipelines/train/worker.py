@@ -53,7 +53,7 @@ class Job:
     holds: tuple[int, ...] = ()
     """Samples seen after which, once validated, the run asks whether to go on."""
     fatal: tuple[str, ...] = ()
-    """Keys of alarms that end the run, besides those of level stop."""
+    """Keys of which an alarm ends the run, besides whatever has level stop."""
 
 
 class Counts(NamedTuple):
@@ -65,12 +65,16 @@ class Counts(NamedTuple):
 
 
 def train_worker(job: Job) -> dict[str, Any]:
-    """Train's entry point. Returns the run's last numbers, {"stopped": reason} or {"left": samples}, on all ranks."""
+    """Train's entry point; alike on all ranks.
+
+    Returns {} at the plan's end, {"left": samples} where the run was told to leave, and {"stopped": reason, "alarm":
+    key} where it cannot go on, with an empty key unless an alarm ended it.
+    """
     run = Run(job)
     try:
         return run.train()
     except TrainingStopped as error:
-        return {"stopped": str(error)}
+        return {"stopped": str(error), "alarm": error.alarm}
     finally:
         run.stream.close()
 
@@ -118,7 +122,7 @@ class Run:
         torch.manual_seed(seed % 2**63)  # dropout, the one draw that belongs to a rank
 
     def train(self) -> dict[str, Any]:
-        """Run the plan to its end."""
+        """Run the plan to its end; returns what `train_worker` does. Raises TrainingStopped."""
         interval = self.experiment.checkpoints.every * self.planned
         due = (self.progress.seen // interval + 1) * interval
         while self.progress.seen < self.planned:
@@ -140,7 +144,7 @@ class Run:
                     return {"left": self.progress.seen}
         if self.progress.seen % self.job.manifest.count == 0:  # the last epoch is whole, so it is checked as well
             self._end_epoch()
-        return {"step": self.progress.step, "samples": self.progress.seen, "metrics": self.metrics}
+        return {}
 
     def _next_rows(self) -> tuple[Counts, Rows | None]:
         """This worker's next rows of the epoch, and what all workers have: none anywhere ends the epoch."""
@@ -178,7 +182,10 @@ class Run:
         return tcl_rate(optim, self.progress.position.epoch, self.progress.epoch_step, epochs)
 
     def _report_step(self, rate: float) -> None:
-        """Losses, speed and the codebook's state since the last report; stops where they say that it is pointless."""
+        """Tell losses, speed and the codebook's state since the last report.
+
+        Raises TrainingStopped, on all workers alike, where they are not finite or give an alarm that ends the run.
+        """
         values, step = self.meter.read(), self.progress.step
         usage = self.watch.usage(step, self.progress.seen / self.planned)  # shared by all workers, so at every report
         if not values:
@@ -195,8 +202,9 @@ class Run:
         alarms = self.watch.alarms(values, step, self.progress.seen / self.planned)
         for alarm in alarms:
             self._tell("alarm", {}, key=alarm.key, value=alarm.value, level=alarm.level, text=alarm.message)
-        if stops := [alarm.message for alarm in alarms if alarm.level == "stop"]:
-            raise TrainingStopped(f"step {step}: {stops[0]}")
+        for alarm in alarms:  # when all have been told
+            if alarm.ends(self.job.fatal):
+                raise TrainingStopped(f"step {step}: {alarm.message}", alarm.key)
 
     def _end_epoch(self) -> None:
         """Check that every position of the epoch was trained or ledgered, then turn to the next."""

@@ -18,14 +18,15 @@ from pipelines import storage
 from pipelines.artifacts.resolve import listed_checkpoints
 from pipelines.config import ExperimentConfig
 from pipelines.data.manifest import Manifest
+from pipelines.train.alarms import COLLAPSE
 from pipelines.train.events import Event, Listener
 from pipelines.train.fit import Following, TrainingFailed, TrainingLeft, fit
 from pipelines.train.worker import planned_samples
 from tuning.sweep.schedulers import TIME
 from tuning.sweep.sweep_record import METRIC, place_of
 
-FATAL_ALARMS = ("codebook/collapse",)
-"""Alarms that end a trial: it would cost samples and win nothing."""
+FATAL_ALARMS = (COLLAPSE,)
+"""Keys of alarms that end a trial, where `triptych train` only warns: it would cost samples and win nothing."""
 LEAVING_SECONDS = 120.0
 """Longest wait for a run that was told to leave."""
 HEAR_SECONDS = 0.2
@@ -82,7 +83,6 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not typed
         self._listener: Listener | None = None
         self._news: queue.Queue[Event | End] = queue.Queue()
         self._last: tuple[int, float] = (0, 0.0)
-        self._alarm = ""
         self._started = time.monotonic()
         self._speaking = False
 
@@ -126,7 +126,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not typed
         try:
             metrics, error = self._fit(listener)
             listener.close()
-            end = self._judge(metrics, error)
+            end = _judge(metrics, error)
         finally:
             self._news.put(end)
 
@@ -149,18 +149,6 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not typed
         except Exception as error:  # whatever it was, the sweep has to hear of it and go on
             return {}, error
 
-    def _judge(self, metrics: dict[str, float], error: Exception | None) -> End:
-        """What an ended run amounts to."""
-        if error is None:
-            return End("finished", "", metrics)
-        if isinstance(error, TrainingLeft):
-            return End("paused", "", {})
-        if isinstance(error, TrainingFailed) and self._alarm:
-            return End("pruned", self._alarm, {})
-        text = (str(error) or "-").splitlines()[0]
-        known = isinstance(error, TrainingFailed | InputError)
-        return End("failed", text if known else f"{type(error).__name__}: {text}", {})
-
     def _hear(self, event: Event) -> None:
         """An event of the run, on the listener's thread: the driver gets it, and a hold wakes `step`."""
         if not self._speaking:
@@ -169,9 +157,6 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not typed
             self._post.put.remote(self._signed({"kind": "startup", "seconds": seconds, **_place(event)}))
         if event["kind"] == "validation":
             self._last = (event["samples"], event["metrics"][METRIC])
-        fatal = event["kind"] == "alarm" and (event["level"] == "stop" or event["key"] in FATAL_ALARMS)
-        if fatal and event["level"] != "range":
-            self._alarm = event["text"]
         if event["kind"] == "hold":
             self._news.put(event)
         else:  # the driver has a validation before the scheduler decides on it
@@ -179,6 +164,18 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not typed
 
     def _signed(self, event: Event) -> Event:
         return {"trial_id": self._task.trial_id, "seed": self._task.seed, **event}
+
+
+def _judge(metrics: dict[str, float], error: Exception | None) -> End:
+    """What an ended run amounts to: pruned only where an alarm is what ended it, whatever it was warned of before."""
+    if error is None:
+        return End("finished", "", metrics)
+    if isinstance(error, TrainingLeft):
+        return End("paused", "", {})
+    text = (str(error) or "-").splitlines()[0]
+    if isinstance(error, TrainingFailed):
+        return End("pruned" if error.alarm else "failed", text, {})
+    return End("failed", text if isinstance(error, InputError) else f"{type(error).__name__}: {text}", {})
 
 
 def _place(event: Event) -> Event:

@@ -141,6 +141,21 @@ def test_both_sides_of_a_metric_are_told_and_all_metrics_at_once():
     assert levels(judge, both) == [("codebook/nn_cos", "alarm"), ("embedding/ts_drift_v", "range")]
 
 
+@pytest.mark.parametrize(
+    ("level", "fatal", "ends"),
+    [
+        ("stop", (), True),
+        ("stop", ("codebook/dead",), True),
+        ("alarm", (), False),
+        ("alarm", ("codebook/dead",), True),
+        ("alarm", ("codebook/kl",), False),
+        ("range", ("codebook/dead",), False),
+    ],
+)
+def test_an_alarm_ends_a_run_by_its_level_or_by_a_key_that_is_fatal_there(level, fatal, ends):
+    assert Alarm("codebook/dead", 0.9, level, "many").ends(fatal) is ends
+
+
 # When it is armed.
 
 
