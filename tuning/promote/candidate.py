@@ -12,10 +12,8 @@ from pipelines.artifacts.resolve import read_experiment
 from pipelines.config import ExperimentConfig
 from pipelines.data.manifest import Manifest
 from pipelines.tracking.registry import Registry
+from pipelines.train.alarms import COLLAPSE
 from tuning.sweep.sweep_record import FILE_NAME, Sweep, Trial, mean_recall
-
-COLLAPSE = "codebook/collapse"
-"""A trial with an alarm of this name agrees with itself because few codes are in use; it is never chosen."""
 
 
 class Candidate(NamedTuple):
@@ -71,12 +69,13 @@ def read_candidate(model: str, registry: Registry) -> Candidate:
 def best_trial(folder: str) -> Trial:
     """The finished trial of a sweep with the highest mean recall@1, of finalists the mean over their seeds.
 
-    Where finalists were repeated, only they are looked at: a single run of another trial may have been lucky.
+    Where finalists were repeated, only they are looked at: a single run of another trial may have been lucky. A trial
+    with an alarm of a collapsed codebook is never chosen: it agrees with itself because few codes are in use.
     Raises InputError where there is none.
     """
     trials = Sweep.load(folder).trials
     finished = [trial for trial in trials if trial.status == "finished" and not math.isnan(trial.recall)]
-    sound = [trial for trial in finished if not any(COLLAPSE in text for text in trial.alarms)]
+    sound = [trial for trial in finished if not any(COLLAPSE in text for text in trial.own_alarms)]
     if not sound:
         why = f"{len(finished)} finished, but with a collapsed codebook" if finished else "none finished"
         raise InputError(f"{folder}: no trial to promote; of {len(trials)} {why}")

@@ -25,7 +25,7 @@ from tuning.sweep.mlflow_runs import (
     finish_parent,
     start_parent,
 )
-from tuning.sweep.sweep_record import FILE_NAME, METRIC, Repeat, Sweep, Trial, TrialStatus
+from tuning.sweep.sweep_record import FILE_NAME, METRIC, REPEAT_NOTE, Repeat, Sweep, Trial, TrialStatus
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class Recorder:
         self.lock = threading.RLock()
         self._steps: dict[str, int] = {}
         self._since: dict[str, float] = {}
+        self._told_repeats: set[tuple[str, int]] = set()
+        """(trial id, seed) of repeats that have said how they ended."""
         self._tags = {
             "triptych.commit": commit(),
             "triptych.preset": sweep.preset,
@@ -155,12 +157,14 @@ class Recorder:
         if event["status"] == "finished":
             trial.metrics = _finite(event["metrics"])
         else:  # in the midst of training
-            trial.samples_seen = max(trial.samples_seen, self.progress[trial.trial_id])
+            trial.samples_seen = max(trial.samples_seen, self.progress.get(trial.trial_id, 0))
         self._end(trial, event["status"], event["reason"])
 
     def _hear_repeat(self, trial: Trial, event: Event) -> None:
         """Validations and scores of a finalist's other seeds belong to its trial and its run."""
         seed, child = event["seed"], self._child(trial)
+        if event["kind"] == "ended":
+            self._told_repeats.add((trial.trial_id, seed))
         if event["kind"] == "validation":
             child.log({f"repeat/{seed}/{name}": value for name, value in event["metrics"].items()}, event["step"])
         elif event["kind"] == "ended" and event["status"] == "finished":
@@ -170,8 +174,12 @@ class Recorder:
             child.log({f"repeat/{seed}/{name}": value for name, value in metrics.items()}, self._step(trial))
             self.save()
         elif event["kind"] == "ended" and event["status"] != "paused":
-            trial.alarms = [*trial.alarms, f"repeat with seed {seed} {event['status']}: {event['reason']}"]
-            self.save()
+            self._note_repeat(trial, seed, f"{event['status']}: {event['reason']}")
+
+    def _note_repeat(self, trial: Trial, seed: int, text: str) -> None:
+        """A repeat has come to nothing."""
+        trial.alarms = [*trial.alarms, f"{REPEAT_NOTE}{seed} {text}"]
+        self.save()
 
     def stopped(self, trial_id: str, reason: str) -> None:
         """The scheduler has ended a trial."""
@@ -181,12 +189,15 @@ class Recorder:
             if not trial.ended:
                 self._end(trial, "pruned", reason)
 
-    def failed(self, trial_id: str, reason: str) -> None:
-        """A trial is lost; if it said why, that stands and not `reason`."""
+    def failed(self, trial_id: str, reason: str, seed: int | None = None) -> None:
+        """A trial, or its repeat with another seed, is lost; if it said why, that stands and not `reason`."""
         self.catch_up()
         with self.lock:
             trial = self.sweep.trial(trial_id)
-            if not trial.ended:
+            if seed is not None:
+                if (trial_id, seed) not in self._told_repeats:
+                    self._note_repeat(trial, seed, f"failed: {reason}")
+            elif not trial.ended:
                 self._end(trial, "failed", reason)
 
     def require_hope(self) -> None:

@@ -123,4 +123,4 @@ def halving(trials: Sequence[Trial], planned: int) -> Round:
 def finalists(sweep: Sweep) -> list[Trial]:
     """Who is trained again with other seeds: a third of the trials, at most three, best first."""
     most = min(3, math.ceil(len(sweep.trials) / ETA))
-    return [trial for trial in sweep.ranked() if not trial.alarms or trial.status == "finished"][:most]
+    return [trial for trial in sweep.ranked() if not trial.own_alarms or trial.status == "finished"][:most]

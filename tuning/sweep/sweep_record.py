@@ -12,6 +12,8 @@ from pipelines.config import ExperimentConfig
 FILE_NAME = "sweep.json"
 METRIC = "val/recall_at_1_mean"
 """What trials are judged by while they train: mean of both sides' recall at 1 on the fixed validation sample."""
+REPEAT_NOTE = "repeat with seed "
+"""What a trial's note on a repeat that came to nothing begins with, among its alarms."""
 _SIDES = ("val/image_retrieval_recall_at_1", "val/text_retrieval_recall_at_1")
 
 TrialStatus = Literal["pending", "running", "finished", "pruned", "failed"]
@@ -64,6 +66,7 @@ class Trial(_Record):
     curve: list[tuple[int, float]] = []
     """(samples seen, `Sweep.metric`) of each validation."""
     alarms: list[str] = []
+    """What the alarms of its run said, and notes on repeats that came to nothing."""
     repeats: list[Repeat] = []
     mlflow_run_id: str = ""
     run_folder: str = ""
@@ -79,6 +82,11 @@ class Trial(_Record):
         """Its newest value of the sweep's metric; NaN where it has none."""
         own = mean_recall(self.metrics) if self.status == "finished" else math.nan
         return own if not math.isnan(own) else self.curve[-1][1] if self.curve else math.nan
+
+    @property
+    def own_alarms(self) -> list[str]:
+        """What the alarms of its own run said."""
+        return [text for text in self.alarms if not text.startswith(REPEAT_NOTE)]
 
     def over_seeds(self) -> list[float]:
         """Recall of its packaged model, where it finished, and of each repeat."""

@@ -1,8 +1,10 @@
 """Ray Tune's news of its trials, for the record."""
 
+from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
+from ray.exceptions import RayActorError, RayError
 
 from tuning.sweep.recorder import Recorder
 from tuning.sweep.sweep_record import METRIC
@@ -34,6 +36,16 @@ class Follow(tune.Callback):  # type: ignore[misc]  # Ray is not typed
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed; raises TrainingFailed where most have."""
         task = trial.config["task"]
+        self._recorder.failed(task["trial_id"], _why(trial), task["seed"])
         if task["seed"] is None:
-            self._recorder.failed(task["trial_id"], "its process was lost; perhaps the machine's memory is too small")
             self._recorder.require_hope()
+
+
+def _why(trial: Any) -> str:
+    """What Tune knows of a trial that failed, for one that could not say it itself: what was raised, or a loss."""
+    file = trial.pickled_error_file
+    error = cloudpickle.loads(Path(file).read_bytes()) if file else None
+    lost = isinstance(error, RayActorError) and not getattr(error, "actor_init_failed", False)
+    if isinstance(error, RayError) and not lost:
+        return str(error).strip().splitlines()[-1]
+    return "its process was lost; perhaps the machine's memory is too small"

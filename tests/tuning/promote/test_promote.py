@@ -345,6 +345,7 @@ COLLAPSED = {"alarms": ["codebook/collapse 0.93 is above 0.9: pairs agree becaus
         (({}, {}, {"status": "pruned"}), "t1"),
         (({}, {}, COLLAPSED), "t1"),
         (({}, {}, {"alarms": ["codebook/dead 0.6 is above 0.5: codes"]}), "t2"),
+        (({}, {}, {"alarms": ["repeat with seed 1 pruned: step 9: codebook/collapse 0.95 is above 0.9"]}), "t2"),
         (({}, {"repeats": again(0.5)}, {}), "t1"),
         (({}, {}, {"metrics": {}}), "t1"),
         (({}, {"repeats": again(0.9)}, {"repeats": again(0.1)}), "t1"),

@@ -229,6 +229,18 @@ def test_finalists_are_the_best_third_and_at_most_three():
     assert [trial.trial_id for trial in finalists(make_sweep(many))] == ["t39", "t38", "t37"]
 
 
+def test_what_became_of_a_repeat_does_not_change_who_the_finalists_are():
+    trials = [
+        Trial(trial_id="half", status="pruned", samples_seen=3000, curve=[(3000, 0.9)]),
+        Trial(trial_id="next", status="pruned", samples_seen=3000, curve=[(3000, 0.5)]),
+    ]
+    assert [trial.trial_id for trial in finalists(make_sweep(trials))] == ["half"]
+    trials[0].alarms = ["repeat with seed 1 failed: step 3: cma is not finite"]
+    assert [trial.trial_id for trial in finalists(make_sweep(trials))] == ["half"]
+    trials[0].alarms = ["codebook/collapse 0.95 is above 0.9: pairs agree because few codes are in use"]
+    assert [trial.trial_id for trial in finalists(make_sweep(trials))] == ["next"]
+
+
 # Slots
 
 

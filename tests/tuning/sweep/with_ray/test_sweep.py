@@ -303,6 +303,27 @@ def test_a_new_driver_goes_on_with_the_runs_of_the_old_one(ray_local, store, tmp
     old.close("KILLED", "killed")  # only to end its threads
 
 
+def test_a_trial_that_never_trained_and_a_lost_repeat_are_in_the_record_with_their_reason(ray_local, store, tmp_path):
+    from tuning.recorder import Recorder
+
+    recorder = Recorder(recorded(tmp_path, 1), str(tmp_path / "sweep"), "manifest")
+    recorder.add("t07", {})
+    recorder.hear(ended("t07", "failed", "no permission"))
+    recorder.failed("t07", "its process was lost")
+    recorder.hear(ended("t00", "finished", **{METRIC: 0.5}))
+    recorder.begin_repeats()
+    recorder.hear(ended("t00", "failed", "step 3: cma is not finite", seed=1))
+    for seed in (1, 2):
+        recorder.failed("t00", "its process was lost", seed)
+    recorder.close("FINISHED", "finished")
+    done, failed = Sweep.load(str(tmp_path / "sweep")).trials
+    assert (failed.status, failed.reason) == ("failed", "no permission")
+    assert done.status == "finished" and done.alarms == [
+        "repeat with seed 1 failed: step 3: cma is not finite",
+        "repeat with seed 2 failed: its process was lost",
+    ]
+
+
 def test_a_sweep_whose_trials_mostly_fail_is_given_up(ray_local, store, tmp_path):
     from pipelines.train.fit import TrainingFailed
     from tuning.sweep.recorder import Recorder
