@@ -184,8 +184,10 @@ def _train(job: Job, run: str) -> None:
 
 
 def _why(error: TrainingFailedError) -> str:
-    """One line out of a failed run's traceback."""
+    """One line out of a failed run's traceback; not every failure is a worker's (`ControllerError` of Ray Train)."""
     failures = getattr(error, "worker_failures", {})
+    if not failures:
+        return f"Ray Train gave the run up: {str(error).strip().splitlines()[-1]}; go on with --resume"
     for failure in failures.values():
         cause = getattr(failure, "cause", None) or failure
         if isinstance(cause, InputError):

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from ray.train import ControllerError, WorkerGroupError
 
 from models.collectives import SoloWorkers, Workers
+from models.config import InputError
 from pipelines.config import PRESETS
 from pipelines.step.state import StepResult
 from pipelines.train import fit as training
@@ -139,6 +141,30 @@ def test_a_stopped_run_failed_with_its_reason_and_the_alarm_that_ended_it(monkey
     with pytest.raises(TrainingFailed) as failed:
         end(monkeypatch, {"stopped": "step 9: why", "alarm": alarm})
     assert str(failed.value) == "step 9: why" and failed.value.alarm == alarm
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            WorkerGroupError("text", {0: RuntimeError("Traceback:\nOSError: no space")}),
+            "a worker failed more than compute.max_failures times: OSError: no space; go on with --resume",
+        ),
+        (WorkerGroupError("text", {1: InputError("s3://bucket: no permission")}), "s3://bucket: no permission"),
+        (
+            ControllerError(RuntimeError("Traceback:\nValueError: no such state")),
+            "Ray Train gave the run up: ValueError: no such state; go on with --resume",
+        ),
+    ],
+)
+def test_a_run_that_ray_train_gave_up_failed_for_what_ray_train_says_and_by_no_alarm(monkeypatch, error, reason):
+    def fit() -> None:
+        raise error
+
+    monkeypatch.setattr(training, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=fit))
+    with pytest.raises(TrainingFailed) as failed:
+        training._train(job(()), "/run")
+    assert str(failed.value) == reason and failed.value.alarm == ""
 
 
 def test_a_run_that_left_or_came_to_its_end_has_not_failed(monkeypatch):

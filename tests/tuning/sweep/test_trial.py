@@ -5,37 +5,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 from ray.exceptions import ActorDiedError
 
 from models.config import InputError
 from pipelines import storage
 from pipelines.config import PRESETS, ExperimentConfig
-from pipelines.data.synthetic import synthesize
 from pipelines.train import fit as training
-from pipelines.train.alarms import COLLAPSE, ROWS, Alarm, Alarms
+from pipelines.train.alarms import COLLAPSE, ROWS
 from pipelines.train.events import Event
 from pipelines.train.fit import Following
+from tests.support.trial_cases import TEXT, Post, run_of
 from tuning.sweep import trial
 from tuning.sweep.schedulers import TIME
 from tuning.sweep.sweep_record import METRIC
-from tuning.sweep.trial import FATAL_ALARMS, TrialFailed, TrialRun
+from tuning.sweep.trial import FATAL_ALARMS, TrialFailed
 
-TEXT = f"{COLLAPSE} 0.95 is above 0.9: pairs agree because few codes are in use"
 PLACE = {"step": 9, "samples": 90, "planned": 100}
-
-
-class Post:
-    """Stands for a mailbox."""
-
-    def __init__(self, hear: Callable[[Event], Any] = lambda event: None) -> None:
-        self.events: list[Event] = []
-        self.put, self._hear = SimpleNamespace(remote=self._put), hear
-
-    def _put(self, event: Event) -> Any:
-        self.events.append(event)
-        self._hear(event)
-        return ray.put(None) if ray.is_initialized() else None
 
 
 class HeardAtOnce:
@@ -46,12 +31,6 @@ class HeardAtOnce:
 
     def close(self) -> None:
         """Nothing is left."""
-
-
-def run_of(base: ExperimentConfig, post: Post) -> TrialRun:
-    made = TrialRun.__new__(TrialRun)  # as Tune's actor makes it, without the actor
-    made.setup({"task": {"trial_id": "t00", "overrides": {}}}, base, (), post)
-    return made
 
 
 @pytest.fixture
@@ -144,19 +123,3 @@ def test_lost_workers_after_a_collapse_are_a_failure(ended, monkeypatch):
 
 def test_what_ends_a_trial_is_an_alarm_that_there_is():
     assert set(FATAL_ALARMS) <= {row.key for row in ROWS if row.bounds[1] is not None}
-
-
-def test_a_collapse_ends_a_real_trial(ray_local, monkeypatch, tmp_path):
-    """Its workers, in this process, see the alarm at every report; nothing else of the way is made up."""
-    synthesize(str(tmp_path / "data"), pairs=100, image_size=32)
-    paths = {"train_data": f"{tmp_path}/data/train", "val_data": f"{tmp_path}/data/val", "out": str(tmp_path / "out")}
-    small = {"optim.batch_size": 32, "optim.min_samples": 0, "progress.every": 1, "objective.queue.size": 64}
-    threads = {"compute.threads": 1, "validation.pairs": 50, "name": "sweep", "objective.codebook.size": 16}
-    monkeypatch.setattr(training, "ScalingConfig", lambda **_: ray.train.ScalingConfig(num_workers=0))
-    monkeypatch.setattr(Alarms, "check", lambda *_: [Alarm(COLLAPSE, 0.95, "alarm", TEXT)])
-    post = Post()
-    one = run_of(PRESETS["both-dual-tiny"].override(paths | small | threads), post)
-    result = one.step()
-    assert result["status"] == "pruned" and result["done"]
-    assert post.events[-1]["kind"] == "ended" and post.events[-1]["reason"] == f"step 1: {TEXT}"
-    assert [event["kind"] for event in post.events] == ["startup", "step", "alarm", "ended"]
