@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest
 export RAY_USAGE_STATS_ENABLED := 0
+export NO_MKDOCS_2_WARNING := 1
 
 # TRIPTYCH_UNPINNED=1: the newest versions that pyproject.toml allows, in place of the tested ones. Each way has a stamp of
 # its own and removes the other's, so that going from one to the other installs again.
@@ -15,7 +16,7 @@ VERSIONS := --constraint constraints.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ray test-plain test-long coverage check format clean
+.PHONY: help install demo test test-ray test-plain test-long coverage check docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,16 +54,20 @@ coverage: $(STAMP) ## the tests with branch coverage: prints it, writes htmlcov/
 	$(VENV)/bin/coverage html --quiet
 	$(VENV)/bin/coverage report --sort=cover --skip-covered
 
-check: $(STAMP) ## style, spelling, types and the direction of imports
+check: $(STAMP) ## style, spelling, types, the direction of imports, the documentation
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/codespell $$(git ls-files)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mkdocs build --strict # never --quiet: it would count no warnings
+
+docs: $(STAMP) ## serve the documentation on this machine, rebuilt as it is written
+	$(VENV)/bin/mkdocs serve --dev-addr 127.0.0.1:8001
 
 format: $(STAMP) ## format the code and mend what ruff can mend
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-clean: ## remove .venv and all that demo and coverage wrote
-	rm -rf $(VENV) demo runs htmlcov .coverage .coverage.*
+clean: ## remove .venv and all that demo, coverage and docs wrote
+	rm -rf $(VENV) demo runs site htmlcov .coverage .coverage.*
