@@ -14,7 +14,7 @@ from models.codebook import full_precision
 from models.collectives import SoloWorkers, Workers
 from models.config import CodebookConfig
 from models.teacher import FeatureQueue
-from models.transport import Plan, Scores, ipot, sinkhorn
+from models.transport import Scores, TransportPlan, ipot, sinkhorn
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def queue_entries(config: CodebookConfig, rows: int, size: int) -> int:
 
 
 @torch.no_grad()
-def pose(
+def build_problem(
     config: CodebookConfig,
     teacher: Float[Tensor, "2 B D"],
     queue: FeatureQueue | None,
@@ -70,7 +70,7 @@ def pose(
     return Problem(rows, valid, workers)
 
 
-def solve(config: CodebookConfig, problem: Problem, codes: Float[Tensor, "K D"]) -> Plan:
+def solve(config: CodebookConfig, problem: Problem, codes: Float[Tensor, "K D"]) -> TransportPlan:
     """The plan that all workers share."""
     scores = problem.scores(codes.detach(), int(config.scores_mib * 2**20))
     if config.solver == "ipot":
@@ -79,7 +79,7 @@ def solve(config: CodebookConfig, problem: Problem, codes: Float[Tensor, "K D"])
 
 
 @torch.no_grad()
-def code_mass(problem: Problem, plan: Plan, codes: Float[Tensor, "K D"], limit: int) -> Float[Tensor, "2 K"]:
+def code_mass(problem: Problem, plan: TransportPlan, codes: Float[Tensor, "K D"], limit: int) -> Float[Tensor, "2 K"]:
     """Mean over all samples of the mass that each code gets: 1/K each where the plan is balanced."""
     mass = codes.new_zeros(2, len(codes))
     for rows, scores in problem.scores(codes.detach(), limit):

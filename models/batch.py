@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from models.masking import Masked
-from models.objectives import Moment
+from models.objectives import ScheduleState
 from models.teacher import FeatureQueue
-from models.transport import Plan
+from models.transport import TransportPlan
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Identity(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pinned:
+class FixedDraws:
     """Draws given from outside in place of the samples' own, to compare with other implementations."""
 
     negative_image: Int[Tensor, " B"]
@@ -90,12 +90,12 @@ class Context:
     identity: Identity
     offset: int
     temperature: Float[Tensor, ""]
-    moment: Moment
+    schedule: ScheduleState
     codes: Float[Tensor, "codes D"] | None = None
     """The codebook's unit rows, with their gradient."""
-    plan: Plan | None = None
+    plan: TransportPlan | None = None
     """How samples are assigned to them: problem 0 are the images, 1 the texts."""
-    pinned: Pinned | None = None
+    fixed_draws: FixedDraws | None = None
 
 
 def identify(

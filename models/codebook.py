@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.blockwise import sum_over_rows
-from models.transport import Plan
+from models.transport import TransportPlan
 
 
 class Codebook(nn.Module):
@@ -40,7 +40,13 @@ class Pair(NamedTuple):
 
 
 def code_sums(
-    student: Pair, teacher: Pair, codes: Float[Tensor, "K D"], plan: Plan, tau: float, beta_same: float, limit: int
+    student: Pair,
+    teacher: Pair,
+    codes: Float[Tensor, "K D"],
+    plan: TransportPlan,
+    tau: float,
+    beta_same: float,
+    limit: int,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """L_i2p and L_t2p (codebook spec 2.2) summed over rows; tables of rows by codes stay under `limit` bytes.
 
@@ -62,7 +68,7 @@ def code_sums(
 
 
 def transport_sums(
-    teacher: Pair, codes: Float[Tensor, "K D"], plan: Plan, limit: int
+    teacher: Pair, codes: Float[Tensor, "K D"], plan: TransportPlan, limit: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """L_ot_v and L_ot_t (codebook spec 2.2) summed over rows; only the codes get a gradient."""
 

@@ -22,7 +22,7 @@ LIMIT = 2**26
 """Most bytes of a table of cosines that is made at once."""
 
 
-class Usage(nn.Module):
+class CodeUsage(nn.Module):
     """How often each code was nearest, over a window of pairs: all the state the codebook has beside its parameter.
 
     Three equal sets of counts: `pending_*` of this worker since the last flush, the window that is being filled, and

@@ -37,7 +37,7 @@ def contrast_parts(
         rows = context.identity.same.shape[1]
         match_logits = MatchLogits(i2t[:, :rows].detach(), t2i[:, :rows].detach())
         if w.cma > 0 and not sigmoid:
-            soft = infonce(objective) and context.moment.alpha > 0
+            soft = infonce(objective) and context.schedule.alpha > 0
             parts |= cross_parts(context, i2t, t2i, (image, text) if soft else None)
     if w.imc > 0:
         image, text = candidates(context, from_teacher=True)
@@ -98,8 +98,8 @@ def cross_parts(
         with torch.no_grad():
             teacher_i2t = scores(context, context.teacher.image, keys[1])
             teacher_t2i = scores(context, context.teacher.text, keys[0])
-        to_text = contrast.soft_targets(to_text, teacher_i2t, context.moment.alpha)
-        to_image = contrast.soft_targets(to_image, teacher_t2i, context.moment.alpha)
+        to_text = contrast.soft_targets(to_text, teacher_i2t, context.schedule.alpha)
+        to_image = contrast.soft_targets(to_image, teacher_t2i, context.schedule.alpha)
     return {"i2t": Part(*contrast.soft_nce(i2t, to_text)), "t2i": Part(*contrast.soft_nce(t2i, to_image))}
 
 
@@ -129,8 +129,8 @@ def local_parts(context: Context, limit: int) -> dict[str, Part]:
 
 
 def codebook_parts(objective: ObjectiveConfig, context: Context, limit: int) -> dict[str, Part]:
-    """code, ot and koleo (codebook spec 2.2, 4.2), those that have a weight at this moment."""
-    wanted = coefficients(objective, context.moment).keys() & {"i2p", "ot_v", "koleo"}
+    """code, ot and koleo (codebook spec 2.2, 4.2), those that have a weight at this point of the run."""
+    wanted = coefficients(objective, context.schedule).keys() & {"i2p", "ot_v", "koleo"}
     parts: dict[str, Part] = {}
     if not wanted:
         return parts

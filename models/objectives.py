@@ -23,7 +23,7 @@ TERMS = {
 """The parts of each term: its directions; of mlm, the two targets that alpha mixes."""
 
 
-class Moment(NamedTuple):
+class ScheduleState(NamedTuple):
     """Where in its run a step stands: all of the objective that changes with time."""
 
     alpha: float
@@ -84,7 +84,7 @@ def build_model(encoder: EncoderConfig, objective: ObjectiveConfig, pretrained: 
     Raises InputError where no term has a weight, or where published weights cannot be read.
     """
     w = objective.weights
-    if not coefficients(objective, Moment(objective.alpha)):
+    if not coefficients(objective, ScheduleState(objective.alpha)):
         raise InputError("objective.weights: every weight is 0, so nothing would be learnt; give a term a weight")
     sigmoid = w.cma > 0 and objective.cma.kind == "sigmoid"
     scaled = (w.cma > 0 and not sigmoid) or w.imc > 0 or w.lmi > 0
@@ -93,18 +93,18 @@ def build_model(encoder: EncoderConfig, objective: ObjectiveConfig, pretrained: 
     return DualEncoder(encoder, heads, temperature, pretrained)
 
 
-def coefficients(objective: ObjectiveConfig, moment: Moment) -> dict[str, float]:
+def coefficients(objective: ObjectiveConfig, schedule: ScheduleState) -> dict[str, float]:
     """What the mean of each part is multiplied by; parts with 0 are left out and not computed."""
-    w, alpha = objective.weights, moment.alpha
+    w, alpha = objective.weights, schedule.alpha
     paired = (
         ("cma", w.cma),
         ("imc", w.imc),
         ("lmi", w.lmi),
-        ("code", w.code * moment.ramp),
-        ("ot", w.ot * moment.ramp),
+        ("code", w.code * schedule.ramp),
+        ("ot", w.ot * schedule.ramp),
     )
     parts = {part: weight / 2 for term, weight in paired for part in TERMS[term]}
-    parts |= {"koleo": koleo_weight(objective) * moment.ramp}
+    parts |= {"koleo": koleo_weight(objective) * schedule.ramp}
     parts |= {"itm": w.itm, "mlm_hard": w.mlm * (1 - alpha), "mlm_distill": w.mlm * alpha}
     return {part: value for part, value in parts.items() if value > 0}
 

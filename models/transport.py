@@ -60,7 +60,7 @@ class Scores:
             return self._features[:, rows] @ self._codes.T
 
 
-class Plan(NamedTuple):
+class TransportPlan(NamedTuple):
     """A solved assignment: what a worker needs to assign any row, also one that was not in the problem."""
 
     potentials: Float[Tensor, "S K"]
@@ -80,7 +80,7 @@ class Plan(NamedTuple):
 @torch.no_grad()
 def sinkhorn(
     scores: Scores, valid: Bool[Tensor, " P"], eps: float, iters: int, balance: float, workers: Workers
-) -> Plan:
+) -> TransportPlan:
     """Balanced assignment by `iters` Sinkhorn iterations, code step first (codebook spec 3.2, 3.3).
 
     `balance` 1 aims at equal mass for each code, 0 is the plain softmax. Samples that are not `valid` do not count.
@@ -90,11 +90,11 @@ def sinkhorn(
     for _ in range(iters):
         potentials = _code_step(_log_code_sums(scores, valid, 1 / eps, potentials), balance, workers)
     assert potentials is not None, "at least one iteration"
-    return Plan(potentials, 1 / eps)
+    return TransportPlan(potentials, 1 / eps)
 
 
 @torch.no_grad()
-def ipot(scores: Scores, valid: Bool[Tensor, " P"], beta: float, outer: int, workers: Workers) -> Plan:
+def ipot(scores: Scores, valid: Bool[Tensor, " P"], beta: float, outer: int, workers: Workers) -> TransportPlan:
     """Assignment by `outer` inexact proximal point steps with one inner iteration each (codebook spec 3.7).
 
     Step t is a Sinkhorn step at sharpness t / beta: with F_t = F_(t-1) + dl and G_t = G_(t-1) + s put into the log-dual
@@ -105,7 +105,7 @@ def ipot(scores: Scores, valid: Bool[Tensor, " P"], beta: float, outer: int, wor
     for step in range(1, outer + 1):
         sums = _log_code_sums(scores, valid, step / beta, 2 * potentials - before)
         before, potentials = potentials, _code_step(sums, 1.0, workers)
-    return Plan(potentials, outer / beta)
+    return TransportPlan(potentials, outer / beta)
 
 
 def _log_code_sums(

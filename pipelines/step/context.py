@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from models.batch import Batch, Context, Features, Locals, Pinned, identify
+from models.batch import Batch, Context, Features, FixedDraws, Locals, identify
 from models.collectives import SoloWorkers, Workers
 from models.encoders import DualEncoder
-from models.objectives import Moment
+from models.objectives import ScheduleState
 from models.pooling import pool_patches
-from pipelines.step.codebook import assign_codes, plant_codes
+from pipelines.step.codebook import assign_codes, init_codes
 from pipelines.step.grad_cache import encode_all
 from pipelines.step.gradients import Peers, gather_leaves
 from pipelines.step.state import StepSettings, TrainState, autocast
 
-Fresh = tuple[Tensor, Tensor, Tensor, Tensor]
+QueueRows = tuple[Tensor, Tensor, Tensor, Tensor]
 """Teacher image and text vectors of all rows with their image and caption hashes: what is enqueued."""
 
 
@@ -22,10 +22,10 @@ def build_context(
     student: Features,
     batch: Batch,
     settings: StepSettings,
-    moment: Moment,
+    schedule: ScheduleState,
     workers: Workers,
-    pinned: Pinned | None = None,
-) -> tuple[Context, Fresh | None]:
+    fixed_draws: FixedDraws | None = None,
+) -> tuple[Context, QueueRows | None]:
     """Everything the terms need; every worker makes the call, also with no rows."""
     objective = settings.objective
     everyone = Peers.meet(workers, len(batch))
@@ -33,7 +33,7 @@ def build_context(
     leaves = Features(*(tensor.detach().requires_grad_() for tensor in student))
     ids = torch.stack([batch.image_id, batch.caption_id], 1)
     all_ids, all_mask = peers.gather(ids), peers.gather(batch.mask)
-    teacher, keys, local_parts, fresh, plan = None, None, None, None, None
+    teacher, keys, local_parts, queue_rows, plan = None, None, None, None, None
     if state.teacher is not None:
         with torch.no_grad():
             teacher = encode_all(state.teacher, batch.view2, batch, settings).features
@@ -43,9 +43,9 @@ def build_context(
         keys = (peers.gather(teacher.image), peers.gather(teacher.text))
         if state.queue is not None:
             # Queues take all workers' rows, also with `negatives: local`, so that they stay equal.
-            fresh = (*keys, *all_ids.T) if peers is everyone else _gather_fresh(everyone, teacher, ids)
-        plant_codes(state, teacher, everyone, settings, moment)
-        plan = assign_codes(state, teacher, everyone, settings, moment)
+            queue_rows = (*keys, *all_ids.T) if peers is everyone else _gather_queue_rows(everyone, teacher, ids)
+        init_codes(state, teacher, everyone, settings, schedule)
+        plan = assign_codes(state, teacher, everyone, settings, schedule)
     context = Context(
         batch=batch,
         student=leaves,
@@ -58,15 +58,15 @@ def build_context(
         identity=identify(ids.T, all_ids.T, peers.offset, state.queue, objective.duplicates),
         offset=peers.offset,
         temperature=state.model.temperature,
-        moment=moment,
+        schedule=schedule,
         codes=state.model.codebook.unit() if state.model.codebook is not None else None,
         plan=plan,
-        pinned=pinned,
+        fixed_draws=fixed_draws,
     )
-    return context, fresh
+    return context, queue_rows
 
 
-def _gather_fresh(everyone: Peers, teacher: Features, ids: Tensor) -> Fresh:
+def _gather_queue_rows(everyone: Peers, teacher: Features, ids: Tensor) -> QueueRows:
     return (everyone.gather(teacher.image), everyone.gather(teacher.text), *everyone.gather(ids).T)
 
 

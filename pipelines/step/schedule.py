@@ -3,7 +3,7 @@
 import math
 
 from models.config import ObjectiveConfig
-from models.objectives import Moment
+from models.objectives import ScheduleState
 from pipelines.config import OptimConfig
 
 TCL_WARMUP_ITERATIONS = 100
@@ -39,12 +39,14 @@ def ramped_alpha(alpha: float, ramp_epochs: float, epochs_seen: float) -> float:
     return alpha * min(1.0, epochs_seen / ramp_epochs) if ramp_epochs > 0 else alpha
 
 
-def moment_at(objective: ObjectiveConfig, progress: float, epochs_seen: float, step: int, measured: bool) -> Moment:
+def schedule_state_at(
+    objective: ObjectiveConfig, progress: float, epochs_seen: float, step: int, measured: bool
+) -> ScheduleState:
     """What changes with time, at `progress` (samples seen over planned); the codebook's ramp is codebook spec 2.6's."""
     codebook = objective.codebook
     after = progress - codebook.start
     ramp = min(max(after / codebook.ramp, 0.0), 1.0) if codebook.ramp > 0 else float(after >= 0)
-    return Moment(
+    return ScheduleState(
         alpha=ramped_alpha(objective.alpha, objective.alpha_ramp_epochs, epochs_seen),
         ramp=ramp,
         frozen=progress < codebook.freeze,

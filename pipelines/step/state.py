@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.codebook_metrics import Usage
+from models.codebook_metrics import CodeUsage
 from models.collectives import Workers
 from models.config import ObjectiveConfig
 from models.encoders import DualEncoder
@@ -24,9 +24,9 @@ class TrainState:
     teacher: DualEncoder | None
     queue: FeatureQueue | None
     optimizer: torch.optim.AdamW
-    usage: Usage | None = None
+    usage: CodeUsage | None = None
     """How often each code was nearest."""
-    planted: bool = True
+    codes_initialised: bool = True
     """False until the codes have been drawn from the first features (codebook.init queue_sample)."""
 
 
@@ -68,8 +68,8 @@ def make_state(model: DualEncoder, objective: ObjectiveConfig, optimizer: torch.
         state.queue = queue.to(model.temperature.device, model.temperature.dtype)
     if model.codebook is not None and assigns(objective):
         config = objective.codebook
-        state.usage = Usage(config.size, config.dead.window_samples_per_code).to(model.temperature.device)
-        state.planted = config.init == "normal"
+        state.usage = CodeUsage(config.size, config.dead.window_samples_per_code).to(model.temperature.device)
+        state.codes_initialised = config.init == "normal"
     return state
 
 

@@ -81,7 +81,7 @@ def write_checkpoint(
     moments, counters = _optimizer_state(state)
     save_tensors(moments, folder / "state" / "optimizer.safetensors")
     save_tensors({"torch": torch.get_rng_state()}, folder / "state" / "generators.safetensors")
-    counters |= {"progress": progress.counters(), "codes_planted": state.planted}
+    counters |= {"progress": progress.counters(), "codes_planted": state.codes_initialised}
     (folder / "state" / "counters.json").write_text(json.dumps(counters, indent=1))
     for name, table in tables.items():
         pq.write_table(table, folder / f"{name}.parquet")
@@ -99,7 +99,7 @@ def read_checkpoint(folder: Path, state: TrainState, shown_as: str) -> Progress:
         load_weights(state.usage, folder / "state" / "codebook.safetensors", shown_as)
     try:
         counters = json.loads((folder / "state" / "counters.json").read_text())
-        state.planted = counters.get("codes_planted", True)
+        state.codes_initialised = counters.get("codes_planted", True)
         position = Position.from_json(json.loads((folder / "position.json").read_text()))
         _restore_optimizer(state, load_tensors(folder / "state" / "optimizer.safetensors"), counters)
     except (KeyError, ValueError, FileNotFoundError) as error:
