@@ -13,8 +13,12 @@ PACKAGE_FORMAT = "triptych-package-1"
 """What a package's `config.json` says it is."""
 
 
-class InputError(ValueError):
-    """Something the user gave is wrong: one line that says what, where and what to do."""
+class InputError(Exception):
+    """Something the user gave is wrong: one line that says what, where and what to do.
+
+    No ValueError, so that it passes the `except ValueError` around a parser. Pydantic's validators, which turn
+    ValueErrors alone into their own kind, must not raise it.
+    """
 
 
 class Config(BaseModel):

@@ -40,8 +40,6 @@ def verify_files(folder: Path, shown_as: str) -> None:
     except FileNotFoundError as error:
         raise InputError(f"{shown_as}: no {FILES}, so the checkpoint is incomplete; use another one") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{shown_as}: {FILES} is damaged; use another checkpoint of the run") from error
 
 
@@ -138,8 +136,6 @@ def load_package(folder: Path, shown_as: str = "", device: str = "cpu") -> Packa
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{shown_as}: no encoder package, {Path(error.filename).name} is missing") from error
     except (ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{shown_as}: config.json of the package is damaged ({type(error).__name__})") from error
     if _space_id(folder, document) != document.get("embedding_space"):
         raise InputError(f"{shown_as}: the package was changed after it was written; build it again from its run")

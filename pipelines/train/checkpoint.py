@@ -103,8 +103,6 @@ def read_checkpoint(folder: Path, state: TrainState, shown_as: str) -> Progress:
         position = Position.from_json(json.loads((folder / "position.json").read_text()))
         _restore_optimizer(state, load_tensors(folder / "state" / "optimizer.safetensors"), counters)
     except (KeyError, ValueError, FileNotFoundError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{shown_as}: the training state does not fit the configuration ({error})") from error
     return Progress(position=position, **counters["progress"])
 

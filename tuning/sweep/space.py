@@ -200,8 +200,6 @@ def _read_file(uri: str) -> Space:
     try:
         tree = json.loads(storage.read_bytes(uri))
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"--space {uri}: not JSON ({error})") from None
     if not isinstance(tree, dict) or not tree:
         raise InputError(f'--space {uri}: needs an object such as {{"optim.learning_rate": [0.001, 0.003]}}')
