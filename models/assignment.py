@@ -1,4 +1,4 @@
-"""Which samples take part in a step's assignment to codes, and how it is spread over the workers (codebook spec 3).
+"""Which samples are assigned to codes in a step, and how that is spread over workers (docs/spec/codebook.md 3).
 
 Axes: B rows here, N rows of all workers, P samples of this worker's problem, K codes, D width of the joint space.
 Problem 0 assigns the images, problem 1 the texts.
@@ -46,7 +46,7 @@ def build_problem(
     counts: list[int],
     workers: Workers,
 ) -> Problem:
-    """The teacher's view of the batch, then the newest queue entries (codebook spec 3.4).
+    """The teacher's view of the batch, then the newest queue entries (docs/spec/codebook.md 3.4).
 
     `counts` are the workers' rows. `sharded`: each worker has its own rows and every W-th queue entry; `replicated`:
     each has all of them; `local`: each has its own rows and the whole queue, and asks no one.

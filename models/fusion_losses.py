@@ -53,7 +53,7 @@ def draw_targets(
         assert match_logits is not None
         negatives = hard_negatives(context, match_logits)
     if objective.weights.mlm > 0:
-        masked = context.fixed_draws.masked if context.fixed_draws is not None else None
+        masked = context.batch.fixed_draws.masked if context.batch.fixed_draws is not None else None
         if masked is None:
             batch = context.batch
             masked, hidden = (
@@ -78,7 +78,7 @@ def fusion_counts(targets: FusionTargets, alpha: float) -> dict[str, Int[Tensor,
 def fusion_sums(
     model: DualEncoder, teacher: DualEncoder | None, context: Context, targets: FusionTargets, rows: slice
 ) -> dict[str, Float[Tensor, ""]]:
-    """itm and mlm (TCL spec 2.4, 2.5) summed over `rows`; their images' keys and values are made once for both."""
+    """itm and mlm (docs/spec/tcl.md 2.4, 2.5) summed over `rows`; both use the same keys and values of the images."""
     sums: dict[str, Tensor] = {}
     assert model.fusion is not None
     memory = model.fusion.image_memory(context.student.image_tokens[rows])
@@ -92,7 +92,7 @@ def fusion_sums(
 
 
 def hard_negatives(context: Context, logits: MatchLogits) -> Negatives:
-    """A wrong image and a wrong caption for each pair, by similarity (TCL spec 2.4)."""
+    """A wrong image and a wrong caption for each pair, by similarity (docs/spec/tcl.md 2.4)."""
     same, key = context.identity.same, context.batch.key
     image, has_image = contrast.draw_negatives(
         contrast.negative_weights(logits.text_to_image, same),
@@ -104,15 +104,18 @@ def hard_negatives(context: Context, logits: MatchLogits) -> Negatives:
         same,
         sample_rng.uniform(key, sample_rng.NEGATIVE_TEXT, 1)[:, 0],
     )
-    if context.fixed_draws is not None:
-        image, text = context.fixed_draws.negative_image, context.fixed_draws.negative_text
+    if context.batch.fixed_draws is not None:
+        image, text = context.batch.fixed_draws.negative_image, context.batch.fixed_draws.negative_text
     return Negatives(image, text, has_image, has_text)
 
 
 def matching_sum(
     fusion: FusionEncoder, context: Context, memory: list[KeysValues], negatives: Negatives, rows: slice
 ) -> Float[Tensor, ""]:
-    """itm (TCL spec 2.4) over R matched pairs, R (caption, wrong image), R (wrong caption, image); class 1 = match."""
+    """itm (docs/spec/tcl.md 2.4), summed over R matched pairs (class 1) and 2 R mismatched ones (class 0).
+
+    In this order: own pairs, (text, wrong image), (wrong text, image).
+    """
     wrong = Negatives(*(side[rows] for side in negatives))
     states, mask = context.student.text_tokens[rows], context.batch.mask[rows]
     if context.all_student is context.student and len(states) == len(context.batch):
@@ -156,7 +159,7 @@ def language_sums(
     hidden: Hidden,
     rows: slice,
 ) -> dict[str, Float[Tensor, ""]]:
-    """mlm (TCL spec 2.5): logits at hidden tokens only; the teacher sees the other view of the image."""
+    """mlm (docs/spec/tcl.md 2.5): logits at hidden tokens only; the teacher sees the other view of the image."""
     mask, alpha = context.batch.mask[rows], context.schedule.alpha
     logits = language_logits(model, hidden, mask, memory)
     sums = {}

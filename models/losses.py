@@ -91,7 +91,7 @@ def cross_parts(
     t2i: Float[Tensor, "B C"],
     keys: tuple[Candidates, Candidates] | None,
 ) -> dict[str, Part]:
-    """cma (TCL spec 2.1); with `keys` (images, texts) the teacher's own similarities soften the targets."""
+    """cma (docs/spec/tcl.md 2.1); with `keys` (images, texts) the teacher's own similarities soften the targets."""
     to_text = to_image = hard_targets(context, i2t)
     if keys is not None:
         assert context.teacher is not None
@@ -114,7 +114,7 @@ def sigmoid_parts(model: DualEncoder, context: Context) -> dict[str, Part]:
 
 
 def local_parts(context: Context, limit: int) -> dict[str, Part]:
-    """lmi (TCL spec 2.3): online vectors against the teacher's local parts of all rows."""
+    """lmi (docs/spec/tcl.md 2.3): online vectors against the teacher's local parts of all rows."""
     assert context.locals is not None
     image, text, text_valid = context.locals
     image_valid = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
@@ -129,7 +129,7 @@ def local_parts(context: Context, limit: int) -> dict[str, Part]:
 
 
 def codebook_parts(objective: ObjectiveConfig, context: Context, limit: int) -> dict[str, Part]:
-    """code, ot and koleo (codebook spec 2.2, 4.2), those that have a weight at this point of the run."""
+    """code, ot and koleo (docs/spec/codebook.md 2.2, 4.2), those that have a weight at this point of the run."""
     wanted = coefficients(objective, context.schedule).keys() & {"i2p", "ot_v", "koleo"}
     parts: dict[str, Part] = {}
     if not wanted:

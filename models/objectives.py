@@ -33,7 +33,7 @@ class ScheduleState(NamedTuple):
     frozen: bool = False
     """Whether the codes stand still."""
     measured: bool = False
-    """Whether the step's embeddings, codes and targets are measured (codebook spec 5)."""
+    """Whether the step's embeddings, codes and targets are measured (docs/spec/codebook.md 5)."""
     step: int = 0
     """Optimiser steps before this one."""
 
@@ -122,7 +122,7 @@ def term_means(means: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
 
 
 def check_codebook(objective: ObjectiveConfig, batch_size: int) -> list[str]:
-    """What is legal but may train badly, a line each (codebook spec 7); raises InputError for what cannot work."""
+    """Warnings, a line each, of what may train badly (docs/spec/codebook.md 7); InputError for what cannot work."""
     weight, same = objective.weights.koleo, objective.codebook.koleo
     if weight and same and weight != same:
         raise InputError(

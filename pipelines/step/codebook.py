@@ -1,4 +1,4 @@
-"""What a training step does with the codebook beside its loss: plant, assign, count, measure, repair."""
+"""What a training step does with the codebook beside its loss: first codes, assignment, counts, metrics, repair."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from pipelines.step.state import StepSettings, TrainState
 def init_codes(
     state: TrainState, teacher: Features, everyone: Peers, settings: StepSettings, schedule: ScheduleState
 ) -> None:
-    """Once there are as many samples as codes, make the codes of teacher features (codebook spec 4: queue_sample)."""
+    """Set the codes to teacher features, once there are enough of them (docs/spec/codebook.md 4, queue_sample)."""
     if state.codes_initialised or state.model.codebook is None:
         return
     config, queue = settings.objective.codebook, state.queue
@@ -59,7 +59,7 @@ def count_usage(state: TrainState, context: Context) -> None:
 
 @torch.no_grad()
 def measure(state: TrainState, context: Context, everyone: Peers, settings: StepSettings) -> dict[str, Tensor]:
-    """A step's own metrics of embeddings, codes and targets (codebook spec 5), over all workers' rows."""
+    """A step's own metrics of embeddings, codes and targets (docs/spec/codebook.md 5), over all workers' rows."""
     codes, teacher, config = context.codes, context.teacher, settings.objective.codebook
     if codes is None:
         return {}
@@ -93,7 +93,7 @@ def _target_metrics(
 
 @torch.no_grad()
 def repair_dead_codes(state: TrainState, settings: StepSettings, step: int) -> int:
-    """Move the emptiest dead codes to badly covered features of the queue (codebook spec 4.1); says how many.
+    """Move the emptiest dead codes to badly covered features of the queue (docs/spec/codebook.md 4.1); says how many.
 
     Every worker does the same from its equal queue and a generator seeded by run and step, without exchange.
     """

@@ -1,4 +1,4 @@
-"""What a training step changes, what stays the same over a run, and what a step tells."""
+"""What a training step changes, what stays the same over a run, and what a step returns."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from models.teacher import FeatureQueue, make_teacher
 
 @dataclass
 class TrainState:
-    """All that a step changes."""
+    """All that a step changes: weights, teacher, queue, optimiser and the codebook's counts."""
 
     model: DualEncoder
     teacher: DualEncoder | None
@@ -41,18 +41,18 @@ class StepSettings:
     chunk: int = 0
     """Rows that pass a tower at once on this worker; 0: all."""
     seed: int = 0
-    """The run's."""
+    """Seed of the run."""
 
 
 class StepResult(NamedTuple):
-    """Means over all workers, as tensors: reading them is what waits for the device."""
+    """Means over all workers, as tensors, because reading a number would wait for the device."""
 
     loss: Tensor
     parts: dict[str, Tensor]
     terms: dict[str, Tensor]
     gradient_norm: Tensor
     metrics: dict[str, Tensor]
-    """What a measured step says of codes and embeddings (codebook spec 5); else empty."""
+    """Metrics of codes and embeddings in a measured step (docs/spec/codebook.md 5); else empty."""
     finite: Tensor
     """Whether this worker's own sums are finite."""
 
@@ -74,7 +74,7 @@ def make_state(model: DualEncoder, objective: ObjectiveConfig, optimizer: torch.
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """AdamW's groups: vectors without decay; matrices, tables and scalars with it (TCL spec 5); the codes without."""
+    """AdamW's groups: matrices, tables and scalars decay, vectors (docs/spec/tcl.md 5) and codes do not."""
     groups: dict[str, list[nn.Parameter]] = {"plain": [], "decayed": [], "codes": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.batch import Batch, Context, FixedDraws
+from models.batch import Batch, Context
 from models.collectives import SoloWorkers, Workers
 from models.config import ObjectiveConfig
 from models.encoders import DualEncoder
@@ -41,12 +41,11 @@ def training_step(
     settings: StepSettings,
     schedule: ScheduleState,
     workers: Workers | None = None,
-    fixed_draws: FixedDraws | None = None,
 ) -> StepResult:
     """Train on this worker's rows of one global batch; every worker makes the call, also with no rows."""
     workers = workers or SoloWorkers()
     state.optimizer.zero_grad(set_to_none=True)
-    means, queue_rows, metrics, finite = loss_and_gradients(state, batch, settings, schedule, workers, fixed_draws)
+    means, queue_rows, metrics, finite = loss_and_gradients(state, batch, settings, schedule, workers)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     sum_gradients(parameters, workers)
     codebook = state.model.codebook
@@ -73,7 +72,6 @@ def loss_and_gradients(
     settings: StepSettings,
     schedule: ScheduleState,
     workers: Workers,
-    fixed_draws: FixedDraws | None = None,
 ) -> LossOutcome:
     """Mean of each part over the global batch; this worker's share of the loss's gradient goes to `grad`."""
     objective, model = settings.objective, state.model
@@ -81,12 +79,12 @@ def loss_and_gradients(
     encoded = encode_all(model, batch.view1, batch, settings)
     if state.teacher is not None:
         update_teacher(state.teacher, model, objective.teacher.momentum)
-    context, queue_rows = build_context(state, encoded.features, batch, settings, schedule, workers, fixed_draws)
+    context, queue_rows = build_context(state, encoded.features, batch, settings, schedule, workers)
     means, finite = backward_to_leaves(state, context, settings, workers)
     gradients = leaf_gradients(context, workers if objective.negatives == "global" else SoloWorkers())
     backward_through_towers(model, batch, encoded, gradients, settings)
     count_usage(state, context)
-    metrics = measure(state, context, Peers.meet(workers, len(batch)), settings) if schedule.measured else {}
+    metrics = measure(state, context, Peers.exchange_counts(workers, len(batch)), settings) if schedule.measured else {}
     return LossOutcome(means, queue_rows, metrics, finite)
 
 

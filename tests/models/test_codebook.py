@@ -1,5 +1,6 @@
-"""The codebook's terms (codebook spec 2): golden numbers, closed forms, gradients, symmetries."""
+"""The codebook's terms (docs/spec/codebook.md 2): golden numbers, closed forms, gradients, symmetries."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -240,9 +241,9 @@ def test_the_other_weights_of_a_seed_do_not_depend_on_the_codebook():
 def test_p21_gradients_of_single_terms_add_up():
     both = tiny.objective("both")
     partners = torch.tensor([3, 4, 0, 1, 2])  # without cma, itm would draw its own from other similarities
-    fixed_draws = FixedDraws(partners, partners)
+    rows = dataclasses.replace(tiny.batch(5), fixed_draws=FixedDraws(partners, partners))
     state = tiny.state(both)
-    loss_and_gradients(state, tiny.batch(5), tiny.settings(both), ScheduleState(both.alpha), SOLO, fixed_draws)
+    loss_and_gradients(state, rows, tiny.settings(both), ScheduleState(both.alpha), SOLO)
     whole = {name: p.grad for name, p in state.model.named_parameters()}
     total = {name: torch.zeros_like(g) for name, g in whole.items() if g is not None}
     for term in ("cma", "imc", "lmi", "code", "ot", "itm", "mlm"):
@@ -250,7 +251,7 @@ def test_p21_gradients_of_single_terms_add_up():
         weight = getattr(both.weights, term)
         single = {f"weights__{name}": 0.0 for name in ("cma", "imc", "lmi", "code", "ot", "itm", "mlm")}
         goal = tiny.objective("both", **single | {f"weights__{term}": weight})
-        loss_and_gradients(state, tiny.batch(5), tiny.settings(goal), ScheduleState(goal.alpha), SOLO, fixed_draws)
+        loss_and_gradients(state, rows, tiny.settings(goal), ScheduleState(goal.alpha), SOLO)
         for name, p in state.model.named_parameters():
             if p.grad is not None:
                 total[name] += p.grad

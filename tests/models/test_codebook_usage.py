@@ -1,4 +1,4 @@
-"""CodeUsage counts against the golden case, loops and closed forms (codebook spec 5 and 9)."""
+"""CodeUsage counts against the golden case, loops and closed forms (docs/spec/codebook.md 5 and 9)."""
 
 import copy
 import math

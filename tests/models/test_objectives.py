@@ -19,7 +19,7 @@ from pipelines.step.training_step import training_step
 from tests.support import tiny
 
 THIRD = 1 / 3
-WEIGHTS = {  # cma, imc, lmi, code, ot, itm, mlm: codebook spec 2.3
+WEIGHTS = {  # cma, imc, lmi, code, ot, itm, mlm: docs/spec/codebook.md 2.3
     "clip": (1, 0, 0, 0, 0, 0, 0),
     "albef": (1, 0, 0, 0, 0, 1, 1),
     "tcl": (THIRD, THIRD, THIRD, 0, 0, 1, 1),
@@ -242,7 +242,7 @@ def test_odd_batches_give_finite_losses_and_gradients(preset, rows, changes):
 
 
 def test_the_padding_row_of_the_word_table_learns_as_output_only():
-    """Looked up, [PAD] gets no gradient (TCL spec 1.1); as an output of the language head it does."""
+    """Looked up, [PAD] gets no gradient (docs/spec/tcl.md 1.1); as an output of the language head it does."""
     for preset, moves in (("tcl-dual", False), ("tcl", True)):
         _, state = one_step(tiny.objective(preset), changed_captions(tiny.batch(3), [2, 4, 6]))
         assert bool(state.model.text.word_embeddings.grad[tiny.TOKENS.pad].any()) == moves

@@ -1,4 +1,4 @@
-"""The assignment solver against direct forms, closed forms and the golden cases (codebook spec 8 and 9)."""
+"""The assignment solver against direct forms, closed forms and the golden cases (docs/spec/codebook.md 8 and 9)."""
 
 import itertools
 import json
@@ -173,7 +173,7 @@ def test_p13_small_eps_with_equal_vectors_is_finite_in_float32():
 
 
 def direct_ipot(scores: Tensor, beta: float, outer: int) -> Tensor:
-    """The plan by the direct form of codebook spec 1.3, which carries all of it, entry by entry."""
+    """The plan by the direct form of docs/spec/codebook.md 1.3, which carries all of it, entry by entry."""
     rows, columns = scores.shape
     kernel = [[math.exp(-(1 - s) / beta) for s in row] for row in scores.tolist()]
     plan, sigma = [[1.0] * columns for _ in range(rows)], [1 / columns] * columns
