@@ -125,7 +125,7 @@ def limit(package: str, corpus: Corpus, kind: str, seconds: float) -> Measured:
 def _bare_loop(folder: str, corpus: Corpus, kind: str, seconds: float) -> tuple[int, float, float]:
     import numpy as np
 
-    from models.images import open_picture, whole
+    from models.images import decode_whole, open_image
     from models.inference import embed_images, embed_texts
 
     torch.set_num_threads(1)
@@ -140,7 +140,7 @@ def _bare_loop(folder: str, corpus: Corpus, kind: str, seconds: float) -> tuple[
             return
         pixels = np.empty((BATCH, size, size, 3), np.uint8)
         for row, place in enumerate(chosen):
-            whole(open_picture(corpus.image[place], 10**8, 1), pixels[row])
+            decode_whole(open_image(corpus.image[place], 10**8, 1), pixels[row])
         embed_images(package, pixels)
 
     done = [0] * THREADS

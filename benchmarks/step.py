@@ -118,7 +118,7 @@ def measure_codebook(experiment: ExperimentConfig, device: torch.device, options
         "queue": queue,
         "seconds": statistics.median(seconds),
         "flops": codebook_flops(experiment, options.batch),
-        "sinkhorn_operations": 2 * 6 * config.iters * samples * config.size,  # codebook spec 6, both modalities
+        "sinkhorn_operations": 2 * 6 * config.iters * samples * config.size,  # docs/spec/codebook.md 6, both modalities
         "sinkhorn_bytes": 2 * 2 * config.iters * samples * config.size * 4,
     }
 

@@ -50,7 +50,7 @@ WRAPPED: tuple[tuple[Any, str, str], ...] = (
     (pipelines.step.context, "teacher_locals", "contrast"),
     (pipelines.step.context, "identify", "contrast"),
     (pipelines.step.training_step, "contrast_parts", "contrast"),
-    (pipelines.step.context, "plant_codes", "codebook"),
+    (pipelines.step.context, "init_codes", "codebook"),
     (pipelines.step.context, "assign_codes", "codebook"),
     (models.losses, "codebook_parts", "codebook"),
     (pipelines.step.training_step, "count_usage", "codebook"),

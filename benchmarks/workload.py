@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.assignment import pose, queue_entries, solve
+from models.assignment import build_problem, queue_entries, solve
 from models.batch import Batch
 from models.codebook import Codebook, Pair, code_sums, transport_sums
-from models.codebook_metrics import Usage
+from models.codebook_metrics import CodeUsage
 from models.collectives import SoloWorkers
 from models.config import CodebookConfig, InputError
 from models.encoders import resolve
 from models.losses import block_bytes
 from models.masking import SpecialTokens, select_tokens
-from models.objectives import Moment
+from models.objectives import ScheduleState
 from models.teacher import FeatureQueue
 from pipelines.cli.flags import UsageError, parse_flags
 from pipelines.config import PRESETS, ExperimentConfig
@@ -50,17 +50,17 @@ class Workload:
     state: TrainState
     batch: Batch
     settings: StepSettings
-    moment: Moment
+    schedule: ScheduleState
 
     def step(self) -> StepResult:
         """One whole optimisation step."""
-        return training_step(self.state, self.batch, self.settings, self.moment)
+        return training_step(self.state, self.batch, self.settings, self.schedule)
 
 
 def make_workload(experiment: ExperimentConfig, rows: int, device: torch.device, full_queue: bool = True) -> Workload:
-    """As in the middle of a run: codes planted, terms at full weight, queue full of random directions."""
+    """As in the middle of a run: codes initialised, terms at full weight, queue full of random directions."""
     state = start_state(experiment, "", device)
-    state.planted = True
+    state.codes_initialised = True
     if state.queue is not None and full_queue:
         fill(state.queue)
     tokens = SpecialTokens(PAD, CLS, MASK, experiment.encoder.text.architecture["vocab_size"])
@@ -72,7 +72,7 @@ def make_workload(experiment: ExperimentConfig, rows: int, device: torch.device,
         chunk=experiment.compute.chunk_size,
     )
     batch = to_device(random_batch(experiment, rows, tokens), device)
-    return Workload(state, batch, settings, Moment(experiment.objective.alpha))
+    return Workload(state, batch, settings, ScheduleState(experiment.objective.alpha))
 
 
 def random_batch(experiment: ExperimentConfig, rows: int, tokens: SpecialTokens) -> Batch:
@@ -123,7 +123,7 @@ class CodebookAlone:
         objective, width = experiment.objective, experiment.encoder.embed_dim
         self._config, self._limit = objective.codebook, block_bytes(objective)
         self._codebook = Codebook(self._config.size, width).to(device)
-        self._usage = Usage(self._config.size, self._config.dead.window_samples_per_code).to(device)
+        self._usage = CodeUsage(self._config.size, self._config.dead.window_samples_per_code).to(device)
         self._queue = FeatureQueue(objective.queue.size, width).to(device)
         if device.type != "meta":
             fill(self._queue)
@@ -133,7 +133,7 @@ class CodebookAlone:
     def run(self) -> None:
         """Assign, both terms forward and back, count, renormalise."""
         config, rows, codes = self._config, len(self._student.image), self._codebook.unit()
-        problem = pose(config, torch.stack(self._teacher), self._queue, [rows], SoloWorkers())
+        problem = build_problem(config, torch.stack(self._teacher), self._queue, [rows], SoloWorkers())
         plan = solve(config, problem, codes)
         sums = [
             *code_sums(self._student, self._teacher, codes, plan, config.tau, config.beta_same, self._limit),
@@ -160,7 +160,7 @@ def step_flops(experiment: ExperimentConfig, rows: int) -> int:
             module.to("meta")
     batch = to_device(work.batch, torch.device("meta"))
     with on_meta(), FlopCounterMode(display=False) as counter:
-        loss_and_gradients(state, batch, work.settings, work.moment, SoloWorkers())
+        loss_and_gradients(state, batch, work.settings, work.schedule, SoloWorkers())
     return int(counter.get_total_flops())
 
 

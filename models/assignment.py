@@ -1,4 +1,4 @@
-"""Which samples take part in a step's assignment to codes, and how it is spread over the workers (codebook spec 3).
+"""Which samples are assigned to codes in a step, and how that is spread over workers (docs/spec/codebook.md 3).
 
 Axes: B rows here, N rows of all workers, P samples of this worker's problem, K codes, D width of the joint space.
 Problem 0 assigns the images, problem 1 the texts.
@@ -14,7 +14,7 @@ from models.codebook import full_precision
 from models.collectives import SoloWorkers, Workers
 from models.config import CodebookConfig
 from models.teacher import FeatureQueue
-from models.transport import Plan, Scores, ipot, sinkhorn
+from models.transport import Scores, TransportPlan, ipot, sinkhorn
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ def queue_entries(config: CodebookConfig, rows: int, size: int) -> int:
 
 
 @torch.no_grad()
-def pose(
+def build_problem(
     config: CodebookConfig,
     teacher: Float[Tensor, "2 B D"],
     queue: FeatureQueue | None,
     counts: list[int],
     workers: Workers,
 ) -> Problem:
-    """The teacher's view of the batch, then the newest queue entries (codebook spec 3.4).
+    """The teacher's view of the batch, then the newest queue entries (docs/spec/codebook.md 3.4).
 
     `counts` are the workers' rows. `sharded`: each worker has its own rows and every W-th queue entry; `replicated`:
     each has all of them; `local`: each has its own rows and the whole queue, and asks no one.
@@ -70,7 +70,7 @@ def pose(
     return Problem(rows, valid, workers)
 
 
-def solve(config: CodebookConfig, problem: Problem, codes: Float[Tensor, "K D"]) -> Plan:
+def solve(config: CodebookConfig, problem: Problem, codes: Float[Tensor, "K D"]) -> TransportPlan:
     """The plan that all workers share."""
     scores = problem.scores(codes.detach(), int(config.scores_mib * 2**20))
     if config.solver == "ipot":
@@ -79,7 +79,7 @@ def solve(config: CodebookConfig, problem: Problem, codes: Float[Tensor, "K D"])
 
 
 @torch.no_grad()
-def code_mass(problem: Problem, plan: Plan, codes: Float[Tensor, "K D"], limit: int) -> Float[Tensor, "2 K"]:
+def code_mass(problem: Problem, plan: TransportPlan, codes: Float[Tensor, "K D"], limit: int) -> Float[Tensor, "2 K"]:
     """Mean over all samples of the mass that each code gets: 1/K each where the plan is balanced."""
     mass = codes.new_zeros(2, len(codes))
     for rows, scores in problem.scores(codes.detach(), limit):

@@ -1,4 +1,4 @@
-"""What a training step knows of its rows: inputs, features, who is who.
+"""What a training step knows of its rows: inputs, features, and which rows are the same image or caption.
 
 Axes: B rows here, N rows of all workers (of this one with `negatives: local`), M queue entries, D joint width; tokens
 as in `models/encoders.py`.
@@ -12,14 +12,29 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from models.masking import Masked
-from models.objectives import Moment
+from models.objectives import ScheduleState
 from models.teacher import FeatureQueue
-from models.transport import Plan
+from models.transport import TransportPlan
+
+
+@dataclass(frozen=True)
+class FixedDraws:
+    """Draws given from outside in place of the samples' own, to compare with other implementations."""
+
+    negative_image: Int[Tensor, " B"]
+    """Row of the wrong image of each pair, among all rows."""
+    negative_text: Int[Tensor, " B"]
+    """Row of the wrong text of each pair, among all rows."""
+    masked: Masked | None = None
+    """Hidden tokens; None: the samples' own."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A worker's rows of one step, on its device; `key` owns the draws, the ids are hashes of image and caption."""
+    """A worker's rows of one step, on its device.
+
+    `key` seeds each row's random draws; `image_id` and `caption_id` are hashes of the image and of the caption.
+    """
 
     view1: Float[Tensor, "B 3 S S"]
     view2: Float[Tensor, "B 3 S S"]
@@ -29,14 +44,16 @@ class Batch:
     image_id: Int[Tensor, " B"]
     caption_id: Int[Tensor, " B"]
     hidden: tuple[int, ...] | None = None
-    """How many tokens of each row masked language modelling hides, where the host knows: it need not ask the device."""
+    """Tokens that masked language modelling hides in each row, counted on the CPU to spare a wait for the device; None:
+    not counted."""
+    fixed_draws: FixedDraws | None = None
 
     def __len__(self) -> int:
         return len(self.key)
 
 
 class Features(NamedTuple):
-    """What one branch (student or teacher) says of rows: token states and unit vectors."""
+    """What one branch (student or teacher) makes of rows: token states, [CLS] first, and unit vectors."""
 
     image_tokens: Float[Tensor, "B P V"]
     text_tokens: Float[Tensor, "B T W"]
@@ -45,7 +62,7 @@ class Features(NamedTuple):
 
 
 class Locals(NamedTuple):
-    """The teacher's local parts of all rows (TCL spec 2.3): pooled patches, and tokens without [CLS]."""
+    """The teacher's local parts of all rows (docs/spec/tcl.md 2.3): pooled patches, and tokens without [CLS]."""
 
     image: Float[Tensor, "N K D"]
     text: Float[Tensor, "N L D"]
@@ -53,30 +70,21 @@ class Locals(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """Which candidates are which; C = N + M: the batch's columns, then the queue's."""
+    """What each candidate is to each row; C = N + M candidates: the batch's rows, then the queue's entries."""
 
     positive: Bool[Tensor, "B C"]
-    """The own pair, and what counts as another view of it."""
+    """The row's own pair, and with `duplicates: positive` every pair with the same image."""
     left_out: Bool[Tensor, "B C"]
-    """Neither positive nor negative."""
+    """Neither positive nor negative: a duplicate of the row, or a queue entry not written yet."""
     same: Bool[Tensor, "B N"]
-    """Never drawn as a mismatch."""
+    """Same image or same caption as the row, so never drawn as its wrong partner."""
     local_negative: Bool[Tensor, "B N"]
-    """Samples whose local parts are negatives."""
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """Draws given from outside in place of the samples' own, to compare with other implementations."""
-
-    negative_image: Int[Tensor, " B"]
-    negative_text: Int[Tensor, " B"]
-    masked: Masked | None = None
+    """Samples whose local parts are the row's negatives in lmi."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Everything the terms look at. `all_*` stand for the rows of all workers, this one's from `offset` on."""
+    """Everything the terms read. `all_*` are the rows of all workers, of which this worker's begin at `offset`."""
 
     batch: Batch
     student: Features
@@ -90,12 +98,11 @@ class Context:
     identity: Identity
     offset: int
     temperature: Float[Tensor, ""]
-    moment: Moment
+    schedule: ScheduleState
     codes: Float[Tensor, "codes D"] | None = None
     """The codebook's unit rows, with their gradient."""
-    plan: Plan | None = None
-    """How samples are assigned to them: problem 0 are the images, 1 the texts."""
-    pinned: Pinned | None = None
+    plan: TransportPlan | None = None
+    """How samples are assigned to the codes: problem 0 are the images, 1 the texts."""
 
 
 def identify(
@@ -108,7 +115,7 @@ def identify(
     """Tell own pair, positives and left-out candidates apart; ids are rows of (image hash, caption hash).
 
     `mask` leaves out candidates of equal image or caption other than the own pair, `positive` makes equal images
-    positives (TCL spec 3), `ignore` treats all but the own pair as negatives (the reference's pre-training).
+    positives (docs/spec/tcl.md 3), `ignore` treats all but the own pair as negatives (the reference's pre-training).
     """
     rows, columns, device = mine.shape[1], everyone.shape[1], mine.device
     known, filled = everyone, torch.ones(columns, dtype=torch.bool, device=device)

@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.blockwise import sum_over_rows
-from models.transport import Plan
+from models.transport import TransportPlan
 
 
 class Codebook(nn.Module):
-    """K code vectors, one a row (codebook spec 4); they have no moving-average copy."""
+    """K code vectors, one a row (docs/spec/codebook.md 4); they have no moving-average copy."""
 
     def __init__(self, codes: int, width: int) -> None:
         super().__init__()
@@ -40,9 +40,15 @@ class Pair(NamedTuple):
 
 
 def code_sums(
-    student: Pair, teacher: Pair, codes: Float[Tensor, "K D"], plan: Plan, tau: float, beta_same: float, limit: int
+    student: Pair,
+    teacher: Pair,
+    codes: Float[Tensor, "K D"],
+    plan: TransportPlan,
+    tau: float,
+    beta_same: float,
+    limit: int,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """L_i2p and L_t2p (codebook spec 2.2) summed over rows; tables of rows by codes stay under `limit` bytes.
+    """L_i2p and L_t2p (docs/spec/codebook.md 2.2) summed over rows; tables of rows by codes stay under `limit` bytes.
 
     The targets are the plan's, of the teacher; with `beta_same` 0 each modality predicts the code of the other.
     """
@@ -62,9 +68,9 @@ def code_sums(
 
 
 def transport_sums(
-    teacher: Pair, codes: Float[Tensor, "K D"], plan: Plan, limit: int
+    teacher: Pair, codes: Float[Tensor, "K D"], plan: TransportPlan, limit: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """L_ot_v and L_ot_t (codebook spec 2.2) summed over rows; only the codes get a gradient."""
+    """L_ot_v and L_ot_t (docs/spec/codebook.md 2.2) summed over rows; only the codes get a gradient."""
 
     def block(rows: slice) -> tuple[Tensor, Tensor]:
         views = _views(teacher, rows)
@@ -90,7 +96,7 @@ def prediction_sum(
 def transport_sum(
     features: Float[Tensor, "B D"], codes: Float[Tensor, "K D"], target: Float[Tensor, "B K"]
 ) -> Float[Tensor, ""]:
-    """Sum over rows and codes of target (1 - cosine): the cost of the plan, <T, 1 - S> (codebook spec 1.10 a).
+    """Sum over rows and codes of target (1 - cosine): the cost of the plan, <T, 1 - S> (docs/spec/codebook.md 1.10 a).
 
     The mass of each code is gathered first, K x D numbers in the graph instead of B x K.
     """
@@ -98,7 +104,7 @@ def transport_sum(
 
 
 def koleo(codes: Float[Tensor, "K D"], limit: int) -> Float[Tensor, ""]:
-    """-(1/K) sum_k ln(min over other codes of their distance + 1e-8): spreads the codes (codebook spec 4.2).
+    """-(1/K) sum_k ln(min over other codes of their distance + 1e-8): spreads the codes (docs/spec/codebook.md 4.2).
 
     0 for a single code. Nearest codes are found without gradient, in blocks of at most `limit` bytes.
     """
@@ -122,9 +128,9 @@ def _nearest(codes: Float[Tensor, "K D"], start: int, size: int) -> Int[Tensor, 
 def rows_from_features(
     features: Float[Tensor, "2 P D"], count: int, noise: float, generator: torch.Generator
 ) -> Float[Tensor, "count D"]:
-    """`count` distinct features, image and text alternately, with noise, at length 1 (codebook spec 4: queue_sample).
+    """First codes (docs/spec/codebook.md 4, queue_sample): distinct features, image and text in turn, with noise.
 
-    `generator` is on the CPU and seeded alike on all workers. Raises ValueError where there are too few samples.
+    At length 1. `generator` is on the CPU and seeded alike on all workers. Raises ValueError for too few samples.
     """
     samples = features.shape[1]
     if count > 2 * samples:

@@ -1,4 +1,4 @@
-"""How the codes are used and how the embeddings lie: what is logged beside the loss (codebook spec 5).
+"""How the codes are used and how the embeddings lie: what is logged beside the loss (docs/spec/codebook.md 5).
 
 Axes: B rows here, or of all workers where it says so; R rows of any matrix; K codes, D width of the joint space.
 All metrics look at the nearest code or the softmax of the student's own scores, not at the balanced targets, which are
@@ -22,7 +22,7 @@ LIMIT = 2**26
 """Most bytes of a table of cosines that is made at once."""
 
 
-class Usage(nn.Module):
+class CodeUsage(nn.Module):
     """How often each code was nearest, over a window of pairs: all the state the codebook has beside its parameter.
 
     Three equal sets of counts: `pending_*` of this worker since the last flush, the window that is being filled, and
@@ -109,9 +109,9 @@ class Usage(nn.Module):
         return dict(zip(values, numbers, strict=True)) if count else {}
 
     def dead(self, min_rel_hits: float) -> Bool[Tensor, " K"]:
-        """Codes of the last full window hit less than `min_rel_hits` of evenly in both modalities (codebook spec 4.1).
+        """Codes with less than `min_rel_hits` of an even share of hits in both modalities (docs/spec/codebook.md 4.1).
 
-        None before there was a full window.
+        Over the last full window; none before there was a full window.
         """
         even = self.last_pairs.double() / self.last_hits.shape[1]
         return (self.last_hits < min_rel_hits * even).all(0)
@@ -223,7 +223,7 @@ def target_metrics(
     """How sharp predictions and targets are, and the part of L_code that can be learnt, L_code - mean H(y).
 
     Of images and texts: the student's cosines with the codes, and the teacher's targets before they are mixed
-    (codebook spec 2.2). Entropies are shares of ln K, 0 for one code; everything is a mean over modalities.
+    (docs/spec/codebook.md 2.2). Entropies are shares of ln K, 0 for one code; everything is a mean over modalities.
     """
     image, text = targets
     mixed = ((1 - beta_same) * text + beta_same * image, (1 - beta_same) * image + beta_same * text)

@@ -13,8 +13,12 @@ PACKAGE_FORMAT = "triptych-package-1"
 """What a package's `config.json` says it is."""
 
 
-class InputError(ValueError):
-    """Something the user gave is wrong: one line that says what, where and what to do."""
+class InputError(Exception):
+    """Something the user gave is wrong: one line that says what, where and what to do.
+
+    No ValueError, so that it passes the `except ValueError` around a parser. Pydantic's validators, which turn
+    ValueErrors alone into their own kind, must not raise it.
+    """
 
 
 class Config(BaseModel):
@@ -165,7 +169,7 @@ class QueueConfig(Config):
 
 
 class DeadCodesConfig(Config):
-    """Codes that no sample is nearest to, and their repair (codebook spec 4.1)."""
+    """Codes that no sample is nearest to, and their repair (docs/spec/codebook.md 4.1)."""
 
     enabled: bool = False
     """Whether they are given new places."""
@@ -180,7 +184,7 @@ class DeadCodesConfig(Config):
 
 
 class IpotConfig(Config):
-    """Inexact proximal point transport, for fidelity experiments (codebook spec 3.7)."""
+    """Inexact proximal point transport, for fidelity experiments (docs/spec/codebook.md 3.7)."""
 
     beta: PositiveFloat = 0.5
     """Proximal step; the plan is about as sharp as Sinkhorn's at eps = beta / outer."""
@@ -189,7 +193,7 @@ class IpotConfig(Config):
 
 
 class CodebookConfig(Config):
-    """Codes shared by both modalities, and how samples are assigned to them (codebook spec 2.6)."""
+    """Codes shared by both modalities, and how samples are assigned to them (docs/spec/codebook.md 2.6)."""
 
     size: PositiveInt = 4096
     """Codes."""

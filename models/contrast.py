@@ -1,10 +1,13 @@
-"""Contrastive terms over unit vectors, each as (sum, count) so that workers can add theirs up.
+"""Contrastive terms over unit vectors, each as (sum, count) so that workers can add theirs up; an image's local parts.
 
 Axes: B rows here, N candidates in the batch, M queue entries, K local parts of a candidate, D width of the joint space.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -27,7 +30,7 @@ def similarities(
 def soft_nce(logits: Float[Tensor, "B C"], target: Float[Tensor, "B C"]) -> tuple[Float[Tensor, ""], int]:
     """Sum over rows, and their count, of the cross-entropy from softmax(logits) to `target`.
 
-    One-hot `target` is plain contrast; blended with the teacher's softmax it distils (TCL, arXiv 2202.10401, spec 2.1).
+    One-hot `target` is plain contrast; blended with the teacher's softmax it distils (docs/spec/tcl.md 2.1).
     """
     return -(target * F.log_softmax(logits, 1)).sum(), len(logits)
 
@@ -41,10 +44,29 @@ def hard_targets(positive: Bool[Tensor, "B C"], like: Float[Tensor, "..."]) -> F
 def soft_targets(
     hard: Float[Tensor, "B C"], teacher_logits: Float[Tensor, "B C"], alpha: float
 ) -> Float[Tensor, "B C"]:
-    """alpha softmax(teacher) + (1 - alpha) hard (momentum distillation, spec 2.1)."""
+    """alpha softmax(teacher) + (1 - alpha) hard (momentum distillation, docs/spec/tcl.md 2.1)."""
     if alpha == 0:
         return hard
     return alpha * F.softmax(teacher_logits, 1) + (1 - alpha) * hard
+
+
+def pool_patches(patches: Float[Tensor, "B P D"], grid: str) -> Float[Tensor, "B K D"]:
+    """Patch features to the local parts of an image (docs/spec/tcl.md 2.3), neither projected nor normalised here.
+
+    P = g x g patches are averaged to K = c x c cells, c = floor(sqrt(g)) (`sqrt`) or 4 (`quarter`). Window and stride
+    are the reference's, floor(sqrt(g)) or floor(g / 4), trailing rows and columns dropped, wherever that gives c x c;
+    any other grid is pooled adaptively, never to more parts than there are patches.
+    Raises ValueError where P is no square.
+    """
+    side = math.isqrt(patches.shape[1])
+    if side * side != patches.shape[1]:
+        raise ValueError(f"{patches.shape[1]} patches are no square grid")
+    cells = math.isqrt(side) if grid == "sqrt" else min(4, side)
+    window = math.isqrt(side) if grid == "sqrt" else side // cells
+    image = rearrange(patches, "b (h w) d -> b d h w", h=side)
+    fits = side // window == cells
+    pooled = F.avg_pool2d(image, window) if fits else F.adaptive_avg_pool2d(image, cells)
+    return rearrange(pooled, "b d h w -> b (h w) d")
 
 
 def local_global(
@@ -56,7 +78,7 @@ def local_global(
     temperature: Float[Tensor, ""],
     limit: int = 2**26,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Sum over rows, and their count, of the mean over own parts of InfoNCE against others' parts (LMI, spec 2.3).
+    """lmi (docs/spec/tcl.md 2.3), summed over rows, with their count: mean over own parts of InfoNCE against others'.
 
     Row b's own parts are `locals_[offset + b]`; `negative[b, j]` says whether sample j's parts are its negatives. A row
     without a valid part is not counted. The negatives' log-sum does not depend on the part, so it is taken once a row:
@@ -92,7 +114,7 @@ def pairwise_sigmoid(
 
 
 def negative_weights(logits: Float[Tensor, "B N"], same: Bool[Tensor, "B N"]) -> Float[Tensor, "B N"]:
-    """How likely each candidate of the batch is taken as hard negative: softmax, 0 for the same pair (spec 2.4)."""
+    """Probability of each candidate as hard negative: softmax, 0 for the same pair (docs/spec/tcl.md 2.4)."""
     return F.softmax(logits, 1).masked_fill(same, 0.0)
 
 
@@ -101,7 +123,7 @@ def draw_negatives(
 ) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"]]:
     """One candidate a row by inverse transform of `uniform` in [0, 1), and whether the row has any candidate.
 
-    Rows whose weights are all zero fall back to equal weights (the reference's pre-training, spec 2.4).
+    Rows whose weights are all zero fall back to equal weights (the reference's pre-training, docs/spec/tcl.md 2.4).
     """
     allowed = (~same).double()
     weights = torch.where(weights.sum(1, keepdim=True) > 0, weights.double(), allowed)

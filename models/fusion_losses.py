@@ -30,7 +30,7 @@ class Negatives(NamedTuple):
     has_text: Bool[Tensor, " B"]
 
 
-class Drawn(NamedTuple):
+class FusionTargets(NamedTuple):
     """What the samples drew for the fusion encoder's terms; None where the term is off."""
 
     negatives: Negatives | None
@@ -39,60 +39,60 @@ class Drawn(NamedTuple):
     """How many tokens of each row are hidden, where the host knows."""
 
 
-def needs_fusion(drawn: Drawn) -> bool:
+def needs_fusion(targets: FusionTargets) -> bool:
     """Whether there is anything for the fusion encoder to do."""
-    return drawn.negatives is not None or drawn.masked is not None
+    return targets.negatives is not None or targets.masked is not None
 
 
-def draw(
+def draw_targets(
     objective: ObjectiveConfig, context: Context, match_logits: MatchLogits | None, tokens: SpecialTokens
-) -> Drawn:
+) -> FusionTargets:
     """Draw for this worker's rows what itm and mlm need."""
     negatives, masked, hidden = None, None, None
     if objective.weights.itm > 0:
         assert match_logits is not None
         negatives = hard_negatives(context, match_logits)
     if objective.weights.mlm > 0:
-        masked = context.pinned.masked if context.pinned is not None else None
+        masked = context.batch.fixed_draws.masked if context.batch.fixed_draws is not None else None
         if masked is None:
             batch = context.batch
             masked, hidden = (
                 mask_tokens(batch.ids, batch.mask, batch.key, tokens, objective.mlm_probability),
                 batch.hidden,
             )
-    return Drawn(negatives, masked, hidden)
+    return FusionTargets(negatives, masked, hidden)
 
 
-def fusion_counts(drawn: Drawn, alpha: float) -> dict[str, Int[Tensor, ""]]:
+def fusion_counts(targets: FusionTargets, alpha: float) -> dict[str, Int[Tensor, ""]]:
     """How many pairs or tokens each part will average over on this worker."""
     counts: dict[str, Tensor] = {}
-    if drawn.negatives is not None:
-        wrong = drawn.negatives
+    if targets.negatives is not None:
+        wrong = targets.negatives
         counts["itm"] = len(wrong.image) + wrong.has_image.sum() + wrong.has_text.sum()
-    if drawn.masked is not None:
-        chosen = drawn.masked.selected.sum()
+    if targets.masked is not None:
+        chosen = targets.masked.selected.sum()
         counts |= {name: chosen for name, share in (("mlm_hard", 1 - alpha), ("mlm_distill", alpha)) if share > 0}
     return counts
 
 
 def fusion_sums(
-    model: DualEncoder, teacher: DualEncoder | None, context: Context, drawn: Drawn, rows: slice
+    model: DualEncoder, teacher: DualEncoder | None, context: Context, targets: FusionTargets, rows: slice
 ) -> dict[str, Float[Tensor, ""]]:
-    """itm and mlm (TCL spec 2.4, 2.5) summed over `rows`; their images' keys and values are made once for both."""
+    """itm and mlm (docs/spec/tcl.md 2.4, 2.5) summed over `rows`; both use the same keys and values of the images."""
     sums: dict[str, Tensor] = {}
     assert model.fusion is not None
     memory = model.fusion.image_memory(context.student.image_tokens[rows])
-    if drawn.negatives is not None:
-        sums["itm"] = matching_sum(model.fusion, context, memory, drawn.negatives, rows)
-    if drawn.masked is not None:
-        masked = Masked(*(side[rows] for side in drawn.masked))
-        places = positions(masked.selected, None if drawn.hidden is None else sum(drawn.hidden[rows]))
+    if targets.negatives is not None:
+        sums["itm"] = matching_sum(model.fusion, context, memory, targets.negatives, rows)
+    if targets.masked is not None:
+        masked = Masked(*(side[rows] for side in targets.masked))
+        places = positions(masked.selected, None if targets.hidden is None else sum(targets.hidden[rows]))
         sums |= language_sums(model, teacher, context, memory, Hidden(masked, places), rows)
     return sums
 
 
 def hard_negatives(context: Context, logits: MatchLogits) -> Negatives:
-    """A wrong image and a wrong caption for each pair, by similarity (TCL spec 2.4)."""
+    """A wrong image and a wrong caption for each pair, by similarity (docs/spec/tcl.md 2.4)."""
     same, key = context.identity.same, context.batch.key
     image, has_image = contrast.draw_negatives(
         contrast.negative_weights(logits.text_to_image, same),
@@ -104,15 +104,18 @@ def hard_negatives(context: Context, logits: MatchLogits) -> Negatives:
         same,
         sample_rng.uniform(key, sample_rng.NEGATIVE_TEXT, 1)[:, 0],
     )
-    if context.pinned is not None:
-        image, text = context.pinned.negative_image, context.pinned.negative_text
+    if context.batch.fixed_draws is not None:
+        image, text = context.batch.fixed_draws.negative_image, context.batch.fixed_draws.negative_text
     return Negatives(image, text, has_image, has_text)
 
 
 def matching_sum(
     fusion: FusionEncoder, context: Context, memory: list[KeysValues], negatives: Negatives, rows: slice
 ) -> Float[Tensor, ""]:
-    """itm (TCL spec 2.4) over R matched pairs, R (caption, wrong image), R (wrong caption, image); class 1 = match."""
+    """itm (docs/spec/tcl.md 2.4), summed over R matched pairs (class 1) and 2 R mismatched ones (class 0).
+
+    In this order: own pairs, (text, wrong image), (wrong text, image).
+    """
     wrong = Negatives(*(side[rows] for side in negatives))
     states, mask = context.student.text_tokens[rows], context.batch.mask[rows]
     if context.all_student is context.student and len(states) == len(context.batch):
@@ -156,8 +159,8 @@ def language_sums(
     hidden: Hidden,
     rows: slice,
 ) -> dict[str, Float[Tensor, ""]]:
-    """mlm (TCL spec 2.5): logits at hidden tokens only; the teacher sees the other view of the image."""
-    mask, alpha = context.batch.mask[rows], context.moment.alpha
+    """mlm (docs/spec/tcl.md 2.5): logits at hidden tokens only; the teacher sees the other view of the image."""
+    mask, alpha = context.batch.mask[rows], context.schedule.alpha
     logits = language_logits(model, hidden, mask, memory)
     sums = {}
     if alpha < 1:

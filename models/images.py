@@ -21,7 +21,7 @@ _ORIENTATION = 0x0112
 
 
 @dataclass
-class Opened:
+class OpenedImage:
     """A picture whose header has been read."""
 
     image: Image.Image
@@ -31,7 +31,7 @@ class Opened:
     """Whether orientation swaps width and height."""
 
 
-class Refused(Exception):
+class ImageRejected(Exception):
     """A picture that is skipped: args are (reason, detail)."""
 
 
@@ -50,21 +50,21 @@ def decoding() -> Iterator[None]:
         yield
 
 
-def open_picture(data: bytes, max_pixels: int, min_side: int) -> Opened:
-    """Read a picture's header. Raises Refused: unreadable, too_large (before anything is decoded), too_small."""
+def open_image(data: bytes, max_pixels: int, min_side: int) -> OpenedImage:
+    """Read a picture's header. Raises ImageRejected: unreadable, too_large (before anything is decoded), too_small."""
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
-        raise Refused("too_large", str(error)) from error
+        raise ImageRejected("too_large", str(error)) from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise Refused("unreadable", why(error, data)) from error
+        raise ImageRejected("unreadable", describe_damage(error, data)) from error
     width, height = image.size
     if width * height > max_pixels:
-        raise Refused("too_large", f"{width} x {height} pixels, more than {max_pixels}")
+        raise ImageRejected("too_large", f"{width} x {height} pixels, more than {max_pixels}")
     if min(width, height) < min_side:
-        raise Refused("too_small", f"{width} x {height} pixels, the shorter side is less than {min_side}")
+        raise ImageRejected("too_small", f"{width} x {height} pixels, the shorter side is less than {min_side}")
     turned = _is_turned(image)
-    return Opened(image, (height, width) if turned else (width, height), turned)
+    return OpenedImage(image, (height, width) if turned else (width, height), turned)
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -76,7 +76,7 @@ def _is_turned(image: Image.Image) -> bool:
         return False
 
 
-def why(error: Exception, data: bytes) -> str:
+def describe_damage(error: Exception, data: bytes) -> str:
     """What a decoder's error says of the bytes."""
     if not data:
         return "no bytes"
@@ -85,10 +85,10 @@ def why(error: Exception, data: bytes) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def whole(picture: Opened, out: np.ndarray) -> None:
-    """Decode and write the whole picture into `out`, uint8 (S, S, 3), exactly as serving does. Raises Refused."""
+def decode_whole(picture: OpenedImage, out: np.ndarray) -> None:
+    """Decode and write the whole picture into `out`, uint8 (S, S, 3), exactly as serving does. Raises ImageRejected."""
     try:
         picture.image.load()  # raises on damage, also where a look at EXIF data would hide it
         out[:] = resize_for_eval(picture.image, out.shape[0])
     except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise Refused("unreadable", why(error, b"?")) from error
+        raise ImageRejected("unreadable", describe_damage(error, b"?")) from error

@@ -37,7 +37,7 @@ def contrast_parts(
         rows = context.identity.same.shape[1]
         match_logits = MatchLogits(i2t[:, :rows].detach(), t2i[:, :rows].detach())
         if w.cma > 0 and not sigmoid:
-            soft = infonce(objective) and context.moment.alpha > 0
+            soft = infonce(objective) and context.schedule.alpha > 0
             parts |= cross_parts(context, i2t, t2i, (image, text) if soft else None)
     if w.imc > 0:
         image, text = candidates(context, from_teacher=True)
@@ -91,15 +91,15 @@ def cross_parts(
     t2i: Float[Tensor, "B C"],
     keys: tuple[Candidates, Candidates] | None,
 ) -> dict[str, Part]:
-    """cma (TCL spec 2.1); with `keys` (images, texts) the teacher's own similarities soften the targets."""
+    """cma (docs/spec/tcl.md 2.1); with `keys` (images, texts) the teacher's own similarities soften the targets."""
     to_text = to_image = hard_targets(context, i2t)
     if keys is not None:
         assert context.teacher is not None
         with torch.no_grad():
             teacher_i2t = scores(context, context.teacher.image, keys[1])
             teacher_t2i = scores(context, context.teacher.text, keys[0])
-        to_text = contrast.soft_targets(to_text, teacher_i2t, context.moment.alpha)
-        to_image = contrast.soft_targets(to_image, teacher_t2i, context.moment.alpha)
+        to_text = contrast.soft_targets(to_text, teacher_i2t, context.schedule.alpha)
+        to_image = contrast.soft_targets(to_image, teacher_t2i, context.schedule.alpha)
     return {"i2t": Part(*contrast.soft_nce(i2t, to_text)), "t2i": Part(*contrast.soft_nce(t2i, to_image))}
 
 
@@ -114,7 +114,7 @@ def sigmoid_parts(model: DualEncoder, context: Context) -> dict[str, Part]:
 
 
 def local_parts(context: Context, limit: int) -> dict[str, Part]:
-    """lmi (TCL spec 2.3): online vectors against the teacher's local parts of all rows."""
+    """lmi (docs/spec/tcl.md 2.3): online vectors against the teacher's local parts of all rows."""
     assert context.locals is not None
     image, text, text_valid = context.locals
     image_valid = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
@@ -129,8 +129,8 @@ def local_parts(context: Context, limit: int) -> dict[str, Part]:
 
 
 def codebook_parts(objective: ObjectiveConfig, context: Context, limit: int) -> dict[str, Part]:
-    """code, ot and koleo (codebook spec 2.2, 4.2), those that have a weight at this moment."""
-    wanted = coefficients(objective, context.moment).keys() & {"i2p", "ot_v", "koleo"}
+    """code, ot and koleo (docs/spec/codebook.md 2.2, 4.2), those that have a weight at this point of the run."""
+    wanted = coefficients(objective, context.schedule).keys() & {"i2p", "ot_v", "koleo"}
     parts: dict[str, Part] = {}
     if not wanted:
         return parts

@@ -1,4 +1,4 @@
-"""Which tokens masked language modelling hides, and with what (TCL spec 2.5; BERT, arXiv 1810.04805)."""
+"""Which tokens masked language modelling hides, and with what (docs/spec/tcl.md 2.5; BERT, arXiv 1810.04805)."""
 
 from typing import NamedTuple
 

@@ -23,7 +23,7 @@ TERMS = {
 """The parts of each term: its directions; of mlm, the two targets that alpha mixes."""
 
 
-class Moment(NamedTuple):
+class ScheduleState(NamedTuple):
     """Where in its run a step stands: all of the objective that changes with time."""
 
     alpha: float
@@ -33,7 +33,7 @@ class Moment(NamedTuple):
     frozen: bool = False
     """Whether the codes stand still."""
     measured: bool = False
-    """Whether the step's embeddings, codes and targets are measured (codebook spec 5)."""
+    """Whether the step's embeddings, codes and targets are measured (docs/spec/codebook.md 5)."""
     step: int = 0
     """Optimiser steps before this one."""
 
@@ -84,7 +84,7 @@ def build_model(encoder: EncoderConfig, objective: ObjectiveConfig, pretrained: 
     Raises InputError where no term has a weight, or where published weights cannot be read.
     """
     w = objective.weights
-    if not coefficients(objective, Moment(objective.alpha)):
+    if not coefficients(objective, ScheduleState(objective.alpha)):
         raise InputError("objective.weights: every weight is 0, so nothing would be learnt; give a term a weight")
     sigmoid = w.cma > 0 and objective.cma.kind == "sigmoid"
     scaled = (w.cma > 0 and not sigmoid) or w.imc > 0 or w.lmi > 0
@@ -93,18 +93,18 @@ def build_model(encoder: EncoderConfig, objective: ObjectiveConfig, pretrained: 
     return DualEncoder(encoder, heads, temperature, pretrained)
 
 
-def coefficients(objective: ObjectiveConfig, moment: Moment) -> dict[str, float]:
+def coefficients(objective: ObjectiveConfig, schedule: ScheduleState) -> dict[str, float]:
     """What the mean of each part is multiplied by; parts with 0 are left out and not computed."""
-    w, alpha = objective.weights, moment.alpha
+    w, alpha = objective.weights, schedule.alpha
     paired = (
         ("cma", w.cma),
         ("imc", w.imc),
         ("lmi", w.lmi),
-        ("code", w.code * moment.ramp),
-        ("ot", w.ot * moment.ramp),
+        ("code", w.code * schedule.ramp),
+        ("ot", w.ot * schedule.ramp),
     )
     parts = {part: weight / 2 for term, weight in paired for part in TERMS[term]}
-    parts |= {"koleo": koleo_weight(objective) * moment.ramp}
+    parts |= {"koleo": koleo_weight(objective) * schedule.ramp}
     parts |= {"itm": w.itm, "mlm_hard": w.mlm * (1 - alpha), "mlm_distill": w.mlm * alpha}
     return {part: value for part, value in parts.items() if value > 0}
 
@@ -122,7 +122,7 @@ def term_means(means: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
 
 
 def check_codebook(objective: ObjectiveConfig, batch_size: int) -> list[str]:
-    """What is legal but may train badly, a line each (codebook spec 7); raises InputError for what cannot work."""
+    """Warnings, a line each, of what may train badly (docs/spec/codebook.md 7); InputError for what cannot work."""
     weight, same = objective.weights.koleo, objective.codebook.koleo
     if weight and same and weight != same:
         raise InputError(

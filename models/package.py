@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from models import sample_rng
 from models.config import PACKAGE_FORMAT, EncoderConfig, InputError
 from models.encoders import DualEncoder, Heads
-from models.normalize import normalize
+from models.inference import Package, encode_images, encode_texts
 from models.preprocess import CaptionTokenizer, PreprocessorConfig
 
 FILES = "files.json"
@@ -40,8 +39,6 @@ def verify_files(folder: Path, shown_as: str) -> None:
     except FileNotFoundError as error:
         raise InputError(f"{shown_as}: no {FILES}, so the checkpoint is incomplete; use another one") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{shown_as}: {FILES} is damaged; use another checkpoint of the run") from error
 
 
@@ -72,19 +69,6 @@ def load_weights(module: nn.Module, path: Path, shown_as: str) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise InputError(f"{shown_as}: weights do not fit the configuration ({reason})") from error
-
-
-@dataclass(frozen=True)
-class Package:
-    """What serving, embedding and evaluation need of a trained model."""
-
-    config: EncoderConfig
-    model: DualEncoder
-    tokenizer: CaptionTokenizer
-    preprocessor: PreprocessorConfig
-    embedding_space: str
-    name: str
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def save_package(
@@ -138,8 +122,6 @@ def load_package(folder: Path, shown_as: str = "", device: str = "cpu") -> Packa
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{shown_as}: no encoder package, {Path(error.filename).name} is missing") from error
     except (ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{shown_as}: config.json of the package is damaged ({type(error).__name__})") from error
     if _space_id(folder, document) != document.get("embedding_space"):
         raise InputError(f"{shown_as}: the package was changed after it was written; build it again from its run")
@@ -153,18 +135,16 @@ def load_package(folder: Path, shown_as: str = "", device: str = "cpu") -> Packa
     )
 
 
-@torch.inference_mode()
 def health_vectors(package: Package) -> tuple[Tensor, Tensor, Tensor]:
-    """Image vectors, text vectors and the pixels (uint8) of fixed inputs."""
-    size = package.preprocessor.image_size
+    """Image vectors (4, D), text vectors (4, D) and the pixels uint8 (4, S, S, 3) of fixed inputs, on the CPU."""
+    preprocessor = package.preprocessor
+    size = preprocessor.image_size
     values = sample_rng.uniform(torch.arange(4), sample_rng.CROP, size * size * 3)
     pixels = (values * 256).to(torch.uint8).view(4, size, size, 3)
-    ids, mask = package.tokenizer.encode(HEALTH_CAPTIONS, package.preprocessor.max_tokens)
-    device = next(package.model.parameters()).device
-    image = package.model.encode_image(normalize(pixels.to(device)))
-    text = package.model.encode_text(torch.from_numpy(ids).long().to(device), torch.from_numpy(mask).bool().to(device))
-    vectors = package.model.project_image(image[:, 0]), package.model.project_text(text[:, 0])
-    return vectors[0].cpu().clone(), vectors[1].cpu().clone(), pixels
+    ids, mask = map(torch.from_numpy, package.tokenizer.encode(HEALTH_CAPTIONS, preprocessor.max_tokens))
+    images = encode_images(package.model, pixels, preprocessor.mean, preprocessor.std)
+    texts = encode_texts(package.model, ids, mask.bool())
+    return images.vectors.cpu().clone(), texts.vectors.cpu().clone(), pixels
 
 
 def _space_id(folder: Path, document: dict[str, Any]) -> str:

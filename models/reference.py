@@ -1,4 +1,4 @@
-"""Names and layout of the published TCL implementation's state dict, both ways (TCL spec 9.2, 9.3).
+"""Names and layout of the published TCL implementation's state dict, both ways (docs/spec/tcl.md 9.2, 9.3).
 
 Published weights are imported through it, and parity is tested through it. `fusion_layer` is the first fusion layer of
 the reference's single text stack.
@@ -96,7 +96,7 @@ def from_reference(state: dict[str, Tensor], names: list[str], fusion_layer: int
 
 
 def resize_positions(table: Float[Tensor, "1 P V"], tokens: int) -> Float[Tensor, "1 Q V"]:
-    """A position table for another patch grid: CLS row kept, the rest resized bicubically (TCL spec 9.3)."""
+    """A position table for another patch grid: CLS row kept, the rest resized bicubically (docs/spec/tcl.md 9.3)."""
     if table.shape[1] == tokens:
         return table
     old, new = math.isqrt(table.shape[1] - 1), math.isqrt(tokens - 1)

@@ -12,7 +12,7 @@ from models.encoders import DualEncoder
 def make_teacher(student: DualEncoder, language: bool) -> DualEncoder:
     """An equal copy without gradients; `language` keeps its fusion encoder with the masked-language head."""
     teacher = copy.deepcopy(student)
-    teacher.codebook = None  # one codebook scores both (codebook spec 4)
+    teacher.codebook = None  # one codebook scores both (docs/spec/codebook.md 4)
     for name in ("temperature", "log_scale", "bias"):
         if hasattr(teacher, name):
             delattr(teacher, name)
@@ -25,7 +25,7 @@ def make_teacher(student: DualEncoder, language: bool) -> DualEncoder:
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """theta_m <- momentum theta_m + (1 - momentum) theta, for every parameter the teacher has (spec 1.3)."""
+    """theta_m <- momentum theta_m + (1 - momentum) theta, of every parameter the teacher has (docs/spec/tcl.md 1.3)."""
     online = dict(student.named_parameters())
     names, copies = zip(*teacher.named_parameters(), strict=True)
     torch._foreach_mul_(copies, momentum)

@@ -1,4 +1,4 @@
-"""Assignment of samples to codes by entropic optimal transport, in the log domain (codebook spec 3).
+"""Assignment of samples to codes by entropic optimal transport, in the log domain (docs/spec/codebook.md 3).
 
 Axes: S problems solved side by side (image, text), P samples of this worker, B samples of a block, K codes, D width.
 A problem's samples may be spread over workers; all that they need of each other are K numbers a step.
@@ -25,7 +25,7 @@ class Scores:
 
     Where all rows fit they are made once and kept, otherwise each pass makes them again. They are handed out in blocks
     that a processor's cache holds, four times as fast in a pass as all at once. They have the precision of
-    `features` but 32 bits at the least, under autocast too, and no gradient (codebook spec 3.5).
+    `features` but 32 bits at the least, under autocast too, and no gradient (docs/spec/codebook.md 3.5).
     """
 
     def __init__(self, features: Float[Tensor, "S P D"], codes: Float[Tensor, "K D"], limit: int = 2**26) -> None:
@@ -60,7 +60,7 @@ class Scores:
             return self._features[:, rows] @ self._codes.T
 
 
-class Plan(NamedTuple):
+class TransportPlan(NamedTuple):
     """A solved assignment: what a worker needs to assign any row, also one that was not in the problem."""
 
     potentials: Float[Tensor, "S K"]
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 
     @torch.no_grad()
     def targets(self, scores: Float[Tensor, "S B K"]) -> Float[Tensor, "S B K"]:
-        """q = softmax over codes of scores * sharpness + g (codebook spec 3.2).
+        """q = softmax over codes of scores * sharpness + g (docs/spec/codebook.md 3.2).
 
         Uniform where the problem had no sample at all.
         """
@@ -80,8 +80,8 @@ class Plan(NamedTuple):
 @torch.no_grad()
 def sinkhorn(
     scores: Scores, valid: Bool[Tensor, " P"], eps: float, iters: int, balance: float, workers: Workers
-) -> Plan:
-    """Balanced assignment by `iters` Sinkhorn iterations, code step first (codebook spec 3.2, 3.3).
+) -> TransportPlan:
+    """Balanced assignment by `iters` Sinkhorn iterations, code step first (docs/spec/codebook.md 3.2, 3.3).
 
     `balance` 1 aims at equal mass for each code, 0 is the plain softmax. Samples that are not `valid` do not count.
     Two exchanges of S x K numbers an iteration, also of a worker without rows; nothing waits for the device.
@@ -90,12 +90,12 @@ def sinkhorn(
     for _ in range(iters):
         potentials = _code_step(_log_code_sums(scores, valid, 1 / eps, potentials), balance, workers)
     assert potentials is not None, "at least one iteration"
-    return Plan(potentials, 1 / eps)
+    return TransportPlan(potentials, 1 / eps)
 
 
 @torch.no_grad()
-def ipot(scores: Scores, valid: Bool[Tensor, " P"], beta: float, outer: int, workers: Workers) -> Plan:
-    """Assignment by `outer` inexact proximal point steps with one inner iteration each (codebook spec 3.7).
+def ipot(scores: Scores, valid: Bool[Tensor, " P"], beta: float, outer: int, workers: Workers) -> TransportPlan:
+    """Assignment by `outer` inexact proximal point steps with one inner iteration each (docs/spec/codebook.md 3.7).
 
     Step t is a Sinkhorn step at sharpness t / beta: with F_t = F_(t-1) + dl and G_t = G_(t-1) + s put into the log-dual
     form, F_(t-1) cancels and the codes enter the sample step with G_(t-1) + s_(t-1) = 2 G_(t-1) - G_(t-2). Constants of
@@ -105,7 +105,7 @@ def ipot(scores: Scores, valid: Bool[Tensor, " P"], beta: float, outer: int, wor
     for step in range(1, outer + 1):
         sums = _log_code_sums(scores, valid, step / beta, 2 * potentials - before)
         before, potentials = potentials, _code_step(sums, 1.0, workers)
-    return Plan(potentials, outer / beta)
+    return TransportPlan(potentials, outer / beta)
 
 
 def _log_code_sums(
@@ -127,7 +127,7 @@ def _log_code_sums(
 
 
 def _code_step(local: Float[Tensor, "S K"], balance: float, workers: Workers) -> Float[Tensor, "S K"]:
-    """g = -balance LSE over all workers' samples, at mean 0, from each one's own log-sums (codebook spec 3.3).
+    """g = -balance LSE over all workers' samples, at mean 0, from each one's own log-sums (docs/spec/codebook.md 3.3).
 
     The uniform prior is a constant and drops out. Centred numbers are small, which spares digits in float32.
     """

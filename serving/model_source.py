@@ -103,8 +103,6 @@ def read_document(uri: str, name: str) -> dict[str, object]:
     try:
         document = json.loads(storage.read_bytes(place))
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{storage.redact(place)}: damaged, not JSON") from error
     return dict(document)
 

@@ -155,8 +155,6 @@ def read_experiment(uri: str) -> ExperimentConfig:
     try:
         return ExperimentConfig.model_validate_json(storage.read_bytes(uri))
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{uri}: damaged, or written by another version") from error
 
 

@@ -6,7 +6,7 @@ Axes: B pictures, S side of the result.
 import numpy as np
 from PIL import Image
 
-from models.images import Opened, Refused, why
+from models.images import ImageRejected, OpenedImage, describe_damage
 from models.preprocess import to_rgb
 
 _TRIES = 10  # boxes drawn before the middle of the picture is taken, as in torchvision
@@ -36,8 +36,8 @@ def draw_boxes(sizes: np.ndarray, draws: np.ndarray, area_min: float) -> np.ndar
     return np.stack([left, top, left + across, top + down], 2).astype(np.int64)
 
 
-def crop_twice(picture: Opened, boxes: np.ndarray, out: np.ndarray) -> None:
-    """Decode once and write the two crops into `out`, uint8 (2, S, S, 3). Raises Refused where the bytes are damaged.
+def crop_twice(picture: OpenedImage, boxes: np.ndarray, out: np.ndarray) -> None:
+    """Decode once and write the two crops into `out`, uint8 (2, S, S, 3). Raises ImageRejected for damage.
 
     A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) at which both crops still have S pixels a side.
     """
@@ -55,4 +55,4 @@ def crop_twice(picture: Opened, boxes: np.ndarray, out: np.ndarray) -> None:
             box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))
             out[view] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
     except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise Refused("unreadable", why(error, b"?")) from error
+        raise ImageRejected("unreadable", describe_damage(error, b"?")) from error

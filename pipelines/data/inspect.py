@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from models.images import Refused, decoding, open_picture
+from models.images import ImageRejected, decoding, open_image
 from pipelines import storage
 from pipelines.config import PairsConfig
 from pipelines.data.epoch_plan import bundle
@@ -90,8 +90,8 @@ def _sizes(samples: Sequence[Sample], pairs: PairsConfig) -> list[tuple[int, int
     with decoding():
         for sample in samples:
             try:
-                found.append(open_picture(sample.image, pairs.max_pixels, pairs.min_side).size)
-            except Refused as refusal:
+                found.append(open_image(sample.image, pairs.max_pixels, pairs.min_side).size)
+            except ImageRejected as refusal:
                 raise AssertionError(f"{sample.uri} was good before") from refusal
     return found
 

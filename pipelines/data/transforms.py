@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from models import sample_rng
-from models.images import Opened, Refused, decoding, open_picture, whole
+from models.images import ImageRejected, OpenedImage, decode_whole, decoding, open_image
 from models.preprocess import CaptionTokenizer, clean_caption
 from pipelines.config import ExperimentConfig, PairsConfig
 from pipelines.data.crops import DRAWS, crop_twice, draw_boxes
@@ -87,7 +87,7 @@ def prepare_eval(rows: Sequence[Sample], settings: PrepareSettings) -> Columns:
     opened = _open_all(rows, settings.pairs, reasons, details)
 
     def decode(place: int) -> None:
-        whole(opened[place], image[place])
+        decode_whole(opened[place], image[place])
 
     _each(opened, decode, image, reasons, details)
     return {"image": image, "captions": captions} | _identity(rows, reasons, details)
@@ -114,21 +114,23 @@ def _views(
     return views
 
 
-def _open_all(rows: Sequence[Sample], pairs: PairsConfig, reasons: list[str], details: list[str]) -> dict[int, Opened]:
+def _open_all(
+    rows: Sequence[Sample], pairs: PairsConfig, reasons: list[str], details: list[str]
+) -> dict[int, OpenedImage]:
     """Pictures by place, of the rows that have no reason yet."""
-    opened: dict[int, Opened] = {}
+    opened: dict[int, OpenedImage] = {}
     with decoding():
         for place, row in enumerate(rows):
             if not reasons[place]:
                 try:
-                    opened[place] = open_picture(row.image, pairs.max_pixels, pairs.min_side)
-                except Refused as refusal:
+                    opened[place] = open_image(row.image, pairs.max_pixels, pairs.min_side)
+                except ImageRejected as refusal:
                     reasons[place], details[place] = refusal.args
     return opened
 
 
 def _each(
-    opened: dict[int, Opened],
+    opened: dict[int, OpenedImage],
     decode: Callable[[int], None],
     pixels: np.ndarray,
     reasons: list[str],
@@ -139,7 +141,7 @@ def _each(
         for place in list(opened):
             try:
                 decode(place)
-            except Refused as refusal:
+            except ImageRejected as refusal:
                 pixels[place] = 0
                 reasons[place], details[place] = refusal.args
             del opened[place]

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from models.config import InputError
-from models.package import Package, load_package
+from models.inference import Package
+from models.package import load_package
 from models.preprocess import clean_caption, resize_for_eval
 from pipelines.config import PRESETS, ExperimentConfig
 from pipelines.data.synthetic import CorpusConfig, synthesize

@@ -11,8 +11,8 @@ import pyarrow as pa
 import ray
 import torch
 
-from models.package import Package, load_package
-from pipelines.evaluation.evaluate import encode
+from models.inference import embed_images, embed_texts
+from models.package import load_package
 
 PACKAGE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json")
 
@@ -26,7 +26,7 @@ class Encoder:
         with tempfile.TemporaryDirectory() as folder:
             for name, data in ray.get(package).items():
                 (Path(folder) / name).write_bytes(data)
-            self._package: Package = load_package(Path(folder), device="cuda" if gpu else "cpu")
+            self._package = load_package(Path(folder), device="cuda" if gpu else "cpu")
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Prepared rows to rows with `image_vector` (D) and `text_vectors` (a list of one (D) a caption)."""
@@ -37,16 +37,15 @@ class Encoder:
         counts = np.array([len(texts) for texts in captions], np.int64)
         images, texts = np.zeros((len(table), width), np.float32), np.zeros((0, width), np.float32)
         if good.any():
-            rows = {
-                "image": _as_pixels(table.column("pixels"), side)[good],
-                "captions": captions[good],
-                "image_id": table.column("image_id").to_numpy()[good],
-                "reason": np.array([""] * int(good.sum()), object),
-            }
-            gallery = encode(self._package, [rows], keep_tokens=False)
-            first = np.cumsum(counts[good]) - counts[good]  # each row's first caption knows its picture
-            images[good] = gallery.images.numpy()[gallery.relevance.owner.numpy()[first]]
-            texts = gallery.texts.numpy()
+            pixels = _as_pixels(table.column("pixels"), side)[good]
+            # An image that lies in several rows, one for each of its captions, is encoded once.
+            _, first, row_of = np.unique(
+                table.column("image_id").to_numpy()[good], return_index=True, return_inverse=True
+            )
+            images[good] = embed_images(self._package, pixels[first])[row_of]
+            clean = [caption for row in captions[good] for caption in row]
+            tokens = self._package.tokenizer.encode_rows(clean, self._package.preprocessor.max_tokens)
+            texts = embed_texts(self._package, tokens)
         offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
         kept = table.drop_columns(["pixels", "clean"])
         kept = kept.append_column("image_vector", as_vectors(images))

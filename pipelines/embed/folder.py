@@ -93,8 +93,6 @@ def _read_json(uri: str) -> dict[str, Any]:
     try:
         return dict(json.loads(storage.read_bytes(uri)))
     except (ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{storage.redact(uri)}: damaged; delete the folder, or name another --out") from error
 
 

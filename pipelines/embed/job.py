@@ -20,7 +20,8 @@ from ray.data.checkpoint import CheckpointConfig, IdColumnCheckpointManager
 from ray.experimental.internal_kv import _internal_kv_get
 
 from models.config import PACKAGE_FORMAT, InputError
-from models.package import Package, load_package
+from models.inference import Package
+from models.package import load_package
 from pipelines import storage
 from pipelines.artifacts.resolve import package_of, read_experiment
 from pipelines.cluster import connect

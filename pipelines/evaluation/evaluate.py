@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from models.config import PACKAGE_FORMAT, InputError
+from models.inference import Encoded, Package, device_of, encode_images, encode_texts
 from models.metrics import Relevance, recall_from_features
-from models.normalize import normalize
-from models.package import Package, load_package
+from models.package import load_package
 from pipelines import storage
 from pipelines.artifacts.resolve import package_of, read_experiment
 from pipelines.cluster import connect
@@ -67,8 +67,8 @@ def encode(package: Package, batches: Iterable[Mapping[str, np.ndarray]], keep_t
     for rows in batches:
         fresh, captions = register.take(rows)
         if fresh:
-            image_parts += _encode_images(package, rows["image"][fresh], keep_tokens)
-        text_parts += _encode_texts(package, captions, keep_tokens)
+            image_parts += _image_parts(package, rows["image"][fresh], keep_tokens)
+        text_parts += _text_parts(package, captions, keep_tokens)
     if not register.owner:
         raise InputError(f"no usable pair among {register.skipped:,} rows; `triptych data lint URI` says why")
     images, texts = ([torch.cat(part) for part in zip(*parts, strict=True)] for parts in (image_parts, text_parts))
@@ -77,30 +77,30 @@ def encode(package: Package, batches: Iterable[Mapping[str, np.ndarray]], keep_t
     return Gallery(images[0], texts[0], relevance, tokens, register.skipped)
 
 
-def _encode_images(package: Package, pixels: np.ndarray, keep_tokens: bool) -> list[list[Tensor]]:
-    """[vectors, token states if asked for] of each pass over uint8 pictures."""
-    model, device, parts = package.model, _device(package), []
-    for some in torch.from_numpy(np.ascontiguousarray(pixels)).split(BATCH):
-        levels = normalize(some.to(device), package.preprocessor.mean, package.preprocessor.std)
-        states = model.encode_image(levels)
-        parts.append([model.project_image(states[:, 0]), *([states] if keep_tokens else [])])
-    return [[tensor.float().cpu() for tensor in part] for part in parts]
+def _image_parts(package: Package, pixels: np.ndarray, keep_tokens: bool) -> list[list[Tensor]]:
+    """[vectors, token states if asked for] of each pass over images uint8 (N, S, S, 3)."""
+    mean, std = package.preprocessor.mean, package.preprocessor.std
+    passes = torch.from_numpy(np.ascontiguousarray(pixels)).split(BATCH)
+    return [_in_memory(encode_images(package.model, some, mean, std), keep_tokens) for some in passes]
 
 
-def _encode_texts(package: Package, captions: list[str], keep_tokens: bool) -> list[list[Tensor]]:
-    """[vectors, token states and mask if asked for] of each pass over clean captions."""
-    model, device, parts = package.model, _device(package), []
+def _text_parts(package: Package, captions: list[str], keep_tokens: bool) -> list[list[Tensor]]:
+    """[vectors, token states and mask if asked for] of each pass over clean captions.
+
+    All are padded to the length of the longest that the package takes, so that states of all passes fit together.
+    """
+    parts = []
     for start in range(0, len(captions), BATCH):
         encoded = package.tokenizer.encode(captions[start : start + BATCH], package.preprocessor.max_tokens)
-        ids, mask = (torch.from_numpy(array).to(device) for array in encoded)
-        states = model.encode_text(ids.long(), mask.bool())
-        vectors = model.project_text(states[:, 0]).float().cpu()
-        parts.append([vectors, *([states.float().cpu(), mask.bool().cpu()] if keep_tokens else [])])
+        ids, mask = torch.from_numpy(encoded[0]), torch.from_numpy(encoded[1]).bool()
+        parts.append(
+            [*_in_memory(encode_texts(package.model, ids, mask), keep_tokens), *([mask] if keep_tokens else [])]
+        )
     return parts
 
 
-def _device(package: Package) -> torch.device:
-    return next(package.model.parameters()).device
+def _in_memory(encoded: Encoded, keep_tokens: bool) -> list[Tensor]:
+    return [tensor.float().cpu() for tensor in (encoded if keep_tokens else encoded[:1])]
 
 
 def score(
@@ -117,7 +117,7 @@ def score(
     metrics = recall_from_features(gallery.images, gallery.texts, gallery.relevance)
     metrics |= {name: float(count) for name, count in counts.items()}
     if reranks and fusion is not None:
-        metrics |= rerank(gallery, fusion, _device(package), rerank_top, rerank_queries)
+        metrics |= rerank(gallery, fusion, device_of(package.model), rerank_top, rerank_queries)
     return metrics
 
 

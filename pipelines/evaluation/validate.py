@@ -8,8 +8,8 @@ from torch import Tensor
 
 from models.collectives import Workers
 from models.encoders import DualEncoder
+from models.inference import encode_images, encode_texts
 from models.metrics import Relevance, recall_from_features
-from models.normalize import normalize
 from models.preprocess import CaptionTokenizer
 from models.sample_rng import hash64
 from pipelines.config import ExperimentConfig
@@ -52,8 +52,7 @@ class Validation:
         if self._prepared is None:
             self._prepared = self._prepare()
         model.eval()
-        with torch.inference_mode():
-            columns = self._encode(model)
+        columns = self._encode(model)
         model.train()
         counts = self._workers.row_counts(len(columns[0]))
         captions = self._workers.row_counts(len(columns[1]))
@@ -102,10 +101,8 @@ class Validation:
         parts: list[list[Tensor]] = [[vectors], [vectors], [none], [none], [none]]
         for rows in self._prepared or ():
             on_device = {name: torch.from_numpy(np.ascontiguousarray(v)).to(self._device) for name, v in rows.items()}
-            image = model.encode_image(normalize(on_device["image"]))
-            text = model.encode_text(on_device["ids"].long(), on_device["mask"].bool())
-            parts[0].append(model.project_image(image[:, 0]))
-            parts[1].append(model.project_text(text[:, 0]))
+            parts[0].append(encode_images(model, on_device["image"]).vectors)
+            parts[1].append(encode_texts(model, on_device["ids"], on_device["mask"].bool()).vectors)
             for place, name in ((2, "image_id"), (3, "owner"), (4, "caption_id")):
                 parts[place].append(on_device[name])
         return [torch.cat(part) for part in parts]

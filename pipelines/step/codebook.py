@@ -1,24 +1,26 @@
-"""What a training step does with the codebook beside its loss: plant, assign, count, measure, repair."""
+"""What a training step does with the codebook beside its loss: first codes, assignment, counts, metrics, repair."""
 
 import torch
 from torch import Tensor
 
-from models.assignment import Problem, code_mass, pose, queue_entries, solve
+from models.assignment import Problem, build_problem, code_mass, queue_entries, solve
 from models.batch import Context, Features
 from models.codebook import badly_covered, rows_from_features
 from models.codebook_metrics import code_metrics, embedding_metrics, mass_metrics, target_metrics
 from models.config import CodebookConfig
 from models.losses import block_bytes
-from models.objectives import Moment, assigns
+from models.objectives import ScheduleState, assigns
 from models.sample_rng import hash64
-from models.transport import Plan
+from models.transport import TransportPlan
 from pipelines.step.gradients import Peers
 from pipelines.step.state import StepSettings, TrainState
 
 
-def plant_codes(state: TrainState, teacher: Features, everyone: Peers, settings: StepSettings, moment: Moment) -> None:
-    """Once there are as many samples as codes, make the codes of teacher features (codebook spec 4: queue_sample)."""
-    if state.planted or state.model.codebook is None:
+def init_codes(
+    state: TrainState, teacher: Features, everyone: Peers, settings: StepSettings, schedule: ScheduleState
+) -> None:
+    """Set the codes to teacher features, once there are enough of them (docs/spec/codebook.md 4, queue_sample)."""
+    if state.codes_initialised or state.model.codebook is None:
         return
     config, queue = settings.objective.codebook, state.queue
     samples = torch.stack([everyone.gather(teacher.image), everyone.gather(teacher.text)])
@@ -27,25 +29,25 @@ def plant_codes(state: TrainState, teacher: Features, everyone: Peers, settings:
         older, written = queue.newest(entries)
         samples = torch.cat([samples, older[:, : int(written.sum())].to(samples.dtype)], 1)
     if samples.shape[1] >= config.size:
-        rows = rows_from_features(samples, config.size, config.dead.noise, _generator(settings.seed, moment.step))
+        rows = rows_from_features(samples, config.size, config.dead.noise, _generator(settings.seed, schedule.step))
         place_codes(state, torch.arange(config.size), rows)
-        state.planted = True
+        state.codes_initialised = True
 
 
 def assign_codes(
-    state: TrainState, teacher: Features, everyone: Peers, settings: StepSettings, moment: Moment
-) -> Plan | None:
+    state: TrainState, teacher: Features, everyone: Peers, settings: StepSettings, schedule: ScheduleState
+) -> TransportPlan | None:
     """The step's assignment of samples to codes, shared by all workers; None where no term asks for it."""
     codebook, objective = state.model.codebook, settings.objective
-    if codebook is None or not assigns(objective) or moment.ramp == 0:
+    if codebook is None or not assigns(objective) or schedule.ramp == 0:
         return None
-    problem = _pose(state, teacher, everyone, settings)
+    problem = _problem(state, teacher, everyone, settings)
     return solve(objective.codebook, problem, codebook.unit())
 
 
-def _pose(state: TrainState, teacher: Features, everyone: Peers, settings: StepSettings) -> Problem:
+def _problem(state: TrainState, teacher: Features, everyone: Peers, settings: StepSettings) -> Problem:
     both = torch.stack([teacher.image, teacher.text])
-    return pose(settings.objective.codebook, both, state.queue, everyone.counts, everyone.workers)
+    return build_problem(settings.objective.codebook, both, state.queue, everyone.counts, everyone.workers)
 
 
 @torch.no_grad()
@@ -57,7 +59,7 @@ def count_usage(state: TrainState, context: Context) -> None:
 
 @torch.no_grad()
 def measure(state: TrainState, context: Context, everyone: Peers, settings: StepSettings) -> dict[str, Tensor]:
-    """A step's own metrics of embeddings, codes and targets (codebook spec 5), over all workers' rows."""
+    """A step's own metrics of embeddings, codes and targets (docs/spec/codebook.md 5), over all workers' rows."""
     codes, teacher, config = context.codes, context.teacher, settings.objective.codebook
     if codes is None:
         return {}
@@ -69,13 +71,13 @@ def measure(state: TrainState, context: Context, everyone: Peers, settings: Step
     if context.plan is not None:
         limit = block_bytes(settings.objective)
         metrics |= _target_metrics(views, codes, context.plan, config, limit)
-        mass = code_mass(_pose(state, teacher, everyone, settings), context.plan, codes, limit)
+        mass = code_mass(_problem(state, teacher, everyone, settings), context.plan, codes, limit)
         metrics |= mass_metrics(mass, context.plan.potentials, 1 / context.plan.sharpness)
     return metrics
 
 
 def _target_metrics(
-    views: list[Tensor], codes: Tensor, plan: Plan, config: CodebookConfig, limit: int
+    views: list[Tensor], codes: Tensor, plan: TransportPlan, config: CodebookConfig, limit: int
 ) -> dict[str, Tensor]:
     """`target_metrics` of all rows, a block of at most `limit` bytes of scores at a time."""
     rows, size = len(views[0]), max(1, limit // (8 * len(codes) * codes.element_size()))
@@ -91,7 +93,7 @@ def _target_metrics(
 
 @torch.no_grad()
 def repair_dead_codes(state: TrainState, settings: StepSettings, step: int) -> int:
-    """Move the emptiest dead codes to badly covered features of the queue (codebook spec 4.1); says how many.
+    """Move the emptiest dead codes to badly covered features of the queue (docs/spec/codebook.md 4.1); says how many.
 
     Every worker does the same from its equal queue and a generator seeded by run and step, without exchange.
     """

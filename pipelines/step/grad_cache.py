@@ -64,14 +64,14 @@ def backward_through_towers(
 ) -> None:
     """Run the gradients in the student's features (by field name) back to its parameters."""
     if not encoded.chunks:
-        _flow(encoded.features, gradients)
+        backward_from(encoded.features, gradients)
     for rows, generators in encoded.chunks:
         with _replayed(generators, batch.view1.device), autocast(settings, batch.view1.device):
             again = encode(model, batch.view1, batch, rows)
-        _flow(again, {name: gradient[rows] for name, gradient in gradients.items()})
+        backward_from(again, {name: gradient[rows] for name, gradient in gradients.items()})
 
 
-def _flow(features: Features, gradients: dict[str, Tensor]) -> None:
+def backward_from(features: Features, gradients: dict[str, Tensor]) -> None:
     outputs = [getattr(features, name) for name in gradients]
     torch.autograd.backward(
         outputs, [gradient.to(output.dtype) for output, gradient in zip(outputs, gradients.values(), strict=True)]

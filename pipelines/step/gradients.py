@@ -19,7 +19,7 @@ class Peers:
     counts: list[int]
 
     @classmethod
-    def meet(cls, workers: Workers, rows: int) -> "Peers":
+    def exchange_counts(cls, workers: Workers, rows: int) -> "Peers":
         """Tell each other how many rows there are."""
         return cls(workers, workers.row_counts(rows))
 

@@ -3,11 +3,11 @@
 import math
 
 from models.config import ObjectiveConfig
-from models.objectives import Moment
+from models.objectives import ScheduleState
 from pipelines.config import OptimConfig
 
 TCL_WARMUP_ITERATIONS = 100
-"""The reference's "warm-up epoch" is so many iterations, inside the first epoch only (TCL spec 5)."""
+"""The reference's "warm-up epoch" is so many iterations, inside the first epoch only (docs/spec/tcl.md 5)."""
 
 
 def cosine_rate(optim: OptimConfig, progress: float) -> float:
@@ -21,7 +21,7 @@ def cosine_rate(optim: OptimConfig, progress: float) -> float:
 
 
 def tcl_rate(optim: OptimConfig, epoch: int, iteration: int, epochs: float) -> float:
-    """The reference's rate of iteration `iteration` of epoch `epoch`, both from 0 (TCL spec 5).
+    """The reference's rate of iteration `iteration` of epoch `epoch`, both from 0 (docs/spec/tcl.md 5).
 
     Epoch 0 climbs a step each 100 iterations (the step after iteration 100 k is used from 100 k + 1 on); later epochs
     each have one value of the cosine.
@@ -35,16 +35,18 @@ def tcl_rate(optim: OptimConfig, epoch: int, iteration: int, epochs: float) -> f
 
 
 def ramped_alpha(alpha: float, ramp_epochs: float, epochs_seen: float) -> float:
-    """alpha, rising linearly from 0 over the first `ramp_epochs` epochs (TCL spec 2.6)."""
+    """alpha, rising linearly from 0 over the first `ramp_epochs` epochs (docs/spec/tcl.md 2.6)."""
     return alpha * min(1.0, epochs_seen / ramp_epochs) if ramp_epochs > 0 else alpha
 
 
-def moment_at(objective: ObjectiveConfig, progress: float, epochs_seen: float, step: int, measured: bool) -> Moment:
-    """What changes with time, at `progress` (samples seen over planned); the codebook's ramp is codebook spec 2.6's."""
+def schedule_state_at(
+    objective: ObjectiveConfig, progress: float, epochs_seen: float, step: int, measured: bool
+) -> ScheduleState:
+    """The schedules at `progress` (samples seen over planned); the codebook's ramp: docs/spec/codebook.md 2.6."""
     codebook = objective.codebook
     after = progress - codebook.start
     ramp = min(max(after / codebook.ramp, 0.0), 1.0) if codebook.ramp > 0 else float(after >= 0)
-    return Moment(
+    return ScheduleState(
         alpha=ramped_alpha(objective.alpha, objective.alpha_ramp_epochs, epochs_seen),
         ramp=ramp,
         frozen=progress < codebook.freeze,

@@ -1,4 +1,4 @@
-"""What a training step changes, what stays the same over a run, and what a step tells."""
+"""What a training step changes, what stays the same over a run, and what a step returns."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.codebook_metrics import Usage
+from models.codebook_metrics import CodeUsage
 from models.collectives import Workers
 from models.config import ObjectiveConfig
 from models.encoders import DualEncoder
@@ -18,15 +18,15 @@ from models.teacher import FeatureQueue, make_teacher
 
 @dataclass
 class TrainState:
-    """All that a step changes."""
+    """All that a step changes: weights, teacher, queue, optimiser and the codebook's counts."""
 
     model: DualEncoder
     teacher: DualEncoder | None
     queue: FeatureQueue | None
     optimizer: torch.optim.AdamW
-    usage: Usage | None = None
+    usage: CodeUsage | None = None
     """How often each code was nearest."""
-    planted: bool = True
+    codes_initialised: bool = True
     """False until the codes have been drawn from the first features (codebook.init queue_sample)."""
 
 
@@ -41,18 +41,18 @@ class StepSettings:
     chunk: int = 0
     """Rows that pass a tower at once on this worker; 0: all."""
     seed: int = 0
-    """The run's."""
+    """Seed of the run."""
 
 
 class StepResult(NamedTuple):
-    """Means over all workers, as tensors: reading them is what waits for the device."""
+    """Means over all workers, as tensors, because reading a number would wait for the device."""
 
     loss: Tensor
     parts: dict[str, Tensor]
     terms: dict[str, Tensor]
     gradient_norm: Tensor
     metrics: dict[str, Tensor]
-    """What a measured step says of codes and embeddings (codebook spec 5); else empty."""
+    """Metrics of codes and embeddings in a measured step (docs/spec/codebook.md 5); else empty."""
     finite: Tensor
     """Whether this worker's own sums are finite."""
 
@@ -68,13 +68,13 @@ def make_state(model: DualEncoder, objective: ObjectiveConfig, optimizer: torch.
         state.queue = queue.to(model.temperature.device, model.temperature.dtype)
     if model.codebook is not None and assigns(objective):
         config = objective.codebook
-        state.usage = Usage(config.size, config.dead.window_samples_per_code).to(model.temperature.device)
-        state.planted = config.init == "normal"
+        state.usage = CodeUsage(config.size, config.dead.window_samples_per_code).to(model.temperature.device)
+        state.codes_initialised = config.init == "normal"
     return state
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """AdamW's groups: vectors without decay; matrices, tables and scalars with it (TCL spec 5); the codes without."""
+    """AdamW's groups: matrices, tables and scalars decay, vectors (docs/spec/tcl.md 5) and codes do not."""
     groups: dict[str, list[nn.Parameter]] = {"plain": [], "decayed": [], "codes": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

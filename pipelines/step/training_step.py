@@ -10,27 +10,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.batch import Batch, Context, Pinned
+from models.batch import Batch, Context
 from models.collectives import SoloWorkers, Workers
 from models.config import ObjectiveConfig
 from models.encoders import DualEncoder
-from models.fusion_losses import draw, fusion_counts, fusion_sums, needs_fusion
+from models.fusion_losses import draw_targets, fusion_counts, fusion_sums, needs_fusion
 from models.losses import contrast_parts
-from models.objectives import Moment, coefficients, term_means
+from models.objectives import ScheduleState, coefficients, term_means
 from models.teacher import update_teacher
 from pipelines.step.codebook import count_usage, measure
-from pipelines.step.context import Fresh, build_context
+from pipelines.step.context import QueueRows, build_context
 from pipelines.step.grad_cache import backward_through_towers, chunk_rows, encode_all
 from pipelines.step.gradients import Peers, leaf_gradients, reduce_scalars, sum_gradients
 from pipelines.step.state import StepResult, StepSettings, TrainState, autocast
 
 
-class Outcome(NamedTuple):
+class LossOutcome(NamedTuple):
     """What a loss leaves besides gradients."""
 
     means: dict[str, Tensor]
     """Mean of each part over the global batch."""
-    fresh: Fresh | None
+    queue_rows: QueueRows | None
     metrics: dict[str, Tensor]
     finite: Tensor
 
@@ -39,55 +39,53 @@ def training_step(
     state: TrainState,
     batch: Batch,
     settings: StepSettings,
-    moment: Moment,
+    schedule: ScheduleState,
     workers: Workers | None = None,
-    pinned: Pinned | None = None,
 ) -> StepResult:
     """Train on this worker's rows of one global batch; every worker makes the call, also with no rows."""
     workers = workers or SoloWorkers()
     state.optimizer.zero_grad(set_to_none=True)
-    means, fresh, metrics, finite = loss_and_gradients(state, batch, settings, moment, workers, pinned)
+    means, queue_rows, metrics, finite = loss_and_gradients(state, batch, settings, schedule, workers)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     sum_gradients(parameters, workers)
     codebook = state.model.codebook
     if codebook is not None:
-        if moment.measured and codebook.weight.grad is not None:
+        if schedule.measured and codebook.weight.grad is not None:
             metrics["grad/codebook"] = codebook.weight.grad.norm()
-        if moment.frozen:  # before clipping, so that standing codes do not shorten the encoders' step
+        if schedule.frozen:  # before clipping, so that standing codes do not shorten the encoders' step
             codebook.weight.grad = None
     limit = settings.clip_norm or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
     state.optimizer.step()
     if codebook is not None:
         codebook.renormalise()
-    if state.queue is not None and fresh is not None:
-        state.queue.enqueue(*fresh)
-    weights = coefficients(settings.objective, moment)
+    if state.queue is not None and queue_rows is not None:
+        state.queue.enqueue(*queue_rows)
+    weights = coefficients(settings.objective, schedule)
     loss = torch.stack([weights[name] * mean for name, mean in means.items()]).sum()
-    return StepResult(loss, means, term_means(means, moment.alpha), norm, metrics, finite)
+    return StepResult(loss, means, term_means(means, schedule.alpha), norm, metrics, finite)
 
 
 def loss_and_gradients(
     state: TrainState,
     batch: Batch,
     settings: StepSettings,
-    moment: Moment,
+    schedule: ScheduleState,
     workers: Workers,
-    pinned: Pinned | None = None,
-) -> Outcome:
+) -> LossOutcome:
     """Mean of each part over the global batch; this worker's share of the loss's gradient goes to `grad`."""
     objective, model = settings.objective, state.model
     clamp_temperature(model, objective)
     encoded = encode_all(model, batch.view1, batch, settings)
     if state.teacher is not None:
         update_teacher(state.teacher, model, objective.teacher.momentum)
-    context, fresh = build_context(state, encoded.features, batch, settings, moment, workers, pinned)
+    context, queue_rows = build_context(state, encoded.features, batch, settings, schedule, workers)
     means, finite = backward_to_leaves(state, context, settings, workers)
     gradients = leaf_gradients(context, workers if objective.negatives == "global" else SoloWorkers())
     backward_through_towers(model, batch, encoded, gradients, settings)
     count_usage(state, context)
-    metrics = measure(state, context, Peers.meet(workers, len(batch)), settings) if moment.measured else {}
-    return Outcome(means, fresh, metrics, finite)
+    metrics = measure(state, context, Peers.exchange_counts(workers, len(batch)), settings) if schedule.measured else {}
+    return LossOutcome(means, queue_rows, metrics, finite)
 
 
 def backward_to_leaves(
@@ -100,20 +98,20 @@ def backward_to_leaves(
     """
     objective, rows = settings.objective, len(context.batch)
     parts, match_logits = contrast_parts(objective, state.model, context)
-    weights = coefficients(objective, context.moment)
+    weights = coefficients(objective, context.schedule)
     device = context.batch.ids.device
     local = {name: torch.as_tensor(part.count, device=device) for name, part in parts.items()}
-    drawn = draw(objective, context, match_logits, settings.tokens)
-    local |= fusion_counts(drawn, context.moment.alpha)
+    targets = draw_targets(objective, context, match_logits, settings.tokens)
+    local |= fusion_counts(targets, context.schedule.alpha)
     counts = reduce_scalars({name: local[name] for name in weights}, workers)
     scales = {name: weights[name] / count.clamp(min=1) for name, count in counts.items()}
     sums = {name: part.sum for name, part in parts.items()}
     if sums:
         _backward(sums, scales)
     sums = {name: sums[name].detach() if name in sums else torch.zeros((), device=device) for name in weights}
-    for chunk in chunk_rows(rows, settings.chunk) if rows and needs_fusion(drawn) else ():
+    for chunk in chunk_rows(rows, settings.chunk) if rows and needs_fusion(targets) else ():
         with autocast(settings, device):
-            fused = fusion_sums(state.model, state.teacher, context, drawn, chunk)
+            fused = fusion_sums(state.model, state.teacher, context, targets, chunk)
         _backward(fused, scales)
         for name, value in fused.items():
             sums[name] = sums[name] + value.detach()

@@ -81,7 +81,7 @@ def write_checkpoint(
     moments, counters = _optimizer_state(state)
     save_tensors(moments, folder / "state" / "optimizer.safetensors")
     save_tensors({"torch": torch.get_rng_state()}, folder / "state" / "generators.safetensors")
-    counters |= {"progress": progress.counters(), "codes_planted": state.planted}
+    counters |= {"progress": progress.counters(), "codes_planted": state.codes_initialised}
     (folder / "state" / "counters.json").write_text(json.dumps(counters, indent=1))
     for name, table in tables.items():
         pq.write_table(table, folder / f"{name}.parquet")
@@ -99,12 +99,10 @@ def read_checkpoint(folder: Path, state: TrainState, shown_as: str) -> Progress:
         load_weights(state.usage, folder / "state" / "codebook.safetensors", shown_as)
     try:
         counters = json.loads((folder / "state" / "counters.json").read_text())
-        state.planted = counters.get("codes_planted", True)
+        state.codes_initialised = counters.get("codes_planted", True)
         position = Position.from_json(json.loads((folder / "position.json").read_text()))
         _restore_optimizer(state, load_tensors(folder / "state" / "optimizer.safetensors"), counters)
     except (KeyError, ValueError, FileNotFoundError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{shown_as}: the training state does not fit the configuration ({error})") from error
     return Progress(position=position, **counters["progress"])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from models.config import InputError
 from models.encoders import resolve
-from models.objectives import Moment, check_codebook, coefficients
+from models.objectives import ScheduleState, check_codebook, coefficients
 from models.package import verify_files
 from models.preprocess import CaptionTokenizer, clean_caption, load_tokenizer, train_tokenizer
 from pipelines import storage
@@ -65,7 +65,7 @@ def prepare(experiment: ExperimentConfig, run: str, resume: bool) -> Prepared:
         raise InputError(f"{run}: a run of that name exists; choose another --name, or go on with it by --resume")
     if resume and not exists:
         raise InputError(f"{run}: no run to resume; check --out and --name")
-    if not coefficients(experiment.objective, Moment(experiment.objective.alpha)):
+    if not coefficients(experiment.objective, ScheduleState(experiment.objective.alpha)):
         raise InputError("objective.weights: every weight is 0, so nothing would be learnt; give a term a weight")
     for note in check_codebook(experiment.objective, experiment.optim.batch_size):
         logger.warning(note)

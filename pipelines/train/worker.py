@@ -16,7 +16,7 @@ from models.batch import Batch
 from models.collectives import DistributedWorkers, SoloWorkers, Workers
 from models.config import InputError
 from models.masking import SpecialTokens, select_tokens
-from models.objectives import Moment
+from models.objectives import ScheduleState
 from models.package import verify_files
 from models.preprocess import CaptionTokenizer, PreprocessorConfig
 from models.sample_rng import hash64
@@ -27,7 +27,7 @@ from pipelines.data.loader import EpochStream, Rows
 from pipelines.data.manifest import Manifest
 from pipelines.data.skip_ledger import check_balance, check_skipped
 from pipelines.evaluation.validate import Validation
-from pipelines.step.schedule import cosine_rate, moment_at, tcl_rate
+from pipelines.step.schedule import cosine_rate, schedule_state_at, tcl_rate
 from pipelines.step.state import equalise
 from pipelines.step.training_step import training_step
 from pipelines.train.checkpoint import Progress, RunFiles, read_checkpoint, read_table, write_checkpoint
@@ -162,17 +162,17 @@ class Run:
         rate = self._learning_rate()
         for group in self.state.optimizer.param_groups:
             group["lr"] = rate
-        result = training_step(self.state, batch, self.settings, self._moment(due), self.workers)
+        result = training_step(self.state, batch, self.settings, self._schedule_state(due), self.workers)
         self.progress.step += 1
         self.progress.epoch_step += 1
         self.meter.add(result, counts.good, self.progress.step)
         if due:
             self._report_step(rate)
 
-    def _moment(self, measured: bool = False) -> Moment:
+    def _schedule_state(self, measured: bool = False) -> ScheduleState:
         epochs = self.progress.seen / self.job.manifest.count
         share = self.progress.seen / self.planned
-        return moment_at(self.experiment.objective, share, epochs, self.progress.step, measured)
+        return schedule_state_at(self.experiment.objective, share, epochs, self.progress.step, measured)
 
     def _learning_rate(self) -> float:
         optim = self.experiment.optim
@@ -193,7 +193,7 @@ class Run:
         temperature = float(self.state.model.temperature.detach())
         values |= usage | {
             "train/learning_rate": rate,
-            "train/alpha": self._moment().alpha,
+            "train/alpha": self._schedule_state().alpha,
             "train/temperature": temperature,
         }
         self.metrics |= values | {"samples_seen": float(self.progress.seen)}

@@ -12,7 +12,7 @@ from concurrent.futures import Executor
 import numpy as np
 from PIL import Image
 
-from models.images import Refused, open_picture, whole
+from models.images import ImageRejected, decode_whole, open_image
 from serving.config import DoorConfig
 from serving.http.responses import Refusal
 
@@ -59,8 +59,8 @@ class Decoder:
         if len(data) > limit:
             raise Refusal(413, "image_too_large", f"{param}: the picture has more than {limit} bytes", param)
         try:
-            whole(open_picture(data, self._config.max_pixels, min_side=1), out)
-        except Refused as error:
+            decode_whole(open_image(data, self._config.max_pixels, min_side=1), out)
+        except ImageRejected as error:
             reason, detail = error.args
             raise Refusal(400, f"image_{reason}", f"{param}: {_plain(detail)}", param) from None
 

@@ -83,8 +83,6 @@ def read_about(folder: Path, verify: bool) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder}: no complete index, {ABOUT} is missing; build it with `triptych index`") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{folder}: {ABOUT} is damaged; build the index again") from error
     return about
 

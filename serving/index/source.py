@@ -67,8 +67,6 @@ def open_source(folder: Path) -> Source:
             f"{folder}: no complete folder of vectors, {ABOUT} is missing; run `triptych embed` (again)"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{folder}: {ABOUT} is damaged; embed the corpus again") from error
     if not source.count:
         raise InputError(f"{folder}: it holds no vectors")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from models.config import InputError
-from models.images import Refused, open_picture, whole
+from models.images import ImageRejected, decode_whole, open_image
 from serving import model_source
 from serving.config import ReplicaConfig
 from serving.interfaces import Picture
@@ -144,8 +144,8 @@ class Matcher(Replica):
         size = self.package.preprocessor.image_size
         pixels = np.empty((size, size, 3), np.uint8)
         try:
-            whole(open_picture(model_source.read_image(picture), self._max_pixels, 1), pixels)
-        except (InputError, Refused) as error:
+            decode_whole(open_image(model_source.read_image(picture), self._max_pixels, 1), pixels)
+        except (InputError, ImageRejected) as error:
             logger.warning("no picture to re-rank with: %s", error)
             return None
         return pixels

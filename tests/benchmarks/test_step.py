@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import local_memory, step, stopwatch, workload
-from models.objectives import Moment, coefficients
+from models.objectives import ScheduleState, coefficients
 from pipelines.cli.flags import UsageError
 from pipelines.step.training_step import training_step
 from tests.support import tiny
@@ -33,7 +33,7 @@ def test_a_step_split_by_part_is_the_same_step(chunk):
     runs = []
     for timed in (False, True):
         state, batch = tiny.state(goal), tiny.batch(5)
-        take = partial(training_step, state, batch, tiny.settings(goal, chunk=chunk), Moment(goal.alpha))
+        take = partial(training_step, state, batch, tiny.settings(goal, chunk=chunk), ScheduleState(goal.alpha))
         if timed:
             with stopwatch.split(CPU) as parts:
                 result = take()
@@ -68,7 +68,7 @@ def test_a_part_does_not_count_the_parts_within_it(monkeypatch):
 
 
 def test_every_part_of_a_loss_has_its_place():
-    names = coefficients(tiny.objective("both", codebook__koleo=0.1), Moment(0.4))
+    names = coefficients(tiny.objective("both", codebook__koleo=0.1), ScheduleState(0.4))
     assert {name for term in stopwatch.PART_OF_TERM for name in stopwatch.TERMS[term]} == set(names)
 
 
@@ -150,10 +150,10 @@ def test_terms_are_set_against_clip_one_at_a_time():
     experiment = workload.experiment_of("both-tiny", [])
     terms = workload.terms_of(experiment)
     assert terms == ["cma", "imc", "lmi", "code", "ot", "itm", "mlm"]
-    assert coefficients(workload.clip_with(experiment).objective, Moment(0.0)) == {"i2t": 0.5, "t2i": 0.5}
+    assert coefficients(workload.clip_with(experiment).objective, ScheduleState(0.0)) == {"i2t": 0.5, "t2i": 0.5}
     for term in terms:
         goal = workload.clip_with(experiment, term).objective
-        parts = set(coefficients(goal, Moment(goal.alpha)))
+        parts = set(coefficients(goal, ScheduleState(goal.alpha)))
         assert parts == {"i2t", "t2i"} | set(stopwatch.TERMS[term])
         assert goal.cma.kind == ("infonce" if term == "cma" else "clip")
     assert workload.terms_of(workload.experiment_of("tcl-tiny", [])) == ["cma", "imc", "lmi", "itm", "mlm"]

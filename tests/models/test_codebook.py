@@ -1,5 +1,6 @@
-"""The codebook's terms (codebook spec 2): golden numbers, closed forms, gradients, symmetries."""
+"""The codebook's terms (docs/spec/codebook.md 2): golden numbers, closed forms, gradients, symmetries."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -8,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from models import codebook
-from models.batch import Pinned
+from models.batch import FixedDraws
 from models.codebook import Codebook, Pair, code_sums, koleo, transport_sums
 from models.config import ObjectiveConfig
-from models.objectives import Moment, build_model
+from models.objectives import ScheduleState, build_model
 from pipelines.step.context import build_context
 from pipelines.step.grad_cache import encode
 from pipelines.step.state import TrainState
@@ -180,7 +181,7 @@ def test_p19_analytic_gradients_and_finite_differences_agree():
 
 def gradients(goal: ObjectiveConfig, rows: int = 5, state: TrainState | None = None) -> dict[str, torch.Tensor | None]:
     state = state or tiny.state(goal)
-    loss_and_gradients(state, tiny.batch(rows), tiny.settings(goal), Moment(goal.alpha), SOLO)
+    loss_and_gradients(state, tiny.batch(rows), tiny.settings(goal), ScheduleState(goal.alpha), SOLO)
     return {name: p.grad for name, p in state.model.named_parameters()}
 
 
@@ -194,7 +195,7 @@ def test_p19_gradients_reach_exactly_the_parameters_of_the_table():
         state = tiny.state(goal)
         rows = tiny.batch(5)
         student = encode(state.model, rows.view1, rows)
-        context, _ = build_context(state, student, rows, tiny.settings(goal), Moment(0.4), SOLO)
+        context, _ = build_context(state, student, rows, tiny.settings(goal), ScheduleState(0.4), SOLO)
         from models.losses import contrast_parts
 
         found, _ = contrast_parts(goal, state.model, context)
@@ -222,7 +223,7 @@ def test_p20_weights_of_0_leave_no_trace_of_the_codebook():
         state = tiny.state(goal)
         assert state.model.codebook is None and state.usage is None
         assert not any("codebook" in name for name, _ in state.model.named_parameters())
-        result = training_step(state, tiny.batch(5), tiny.settings(goal), Moment(0.4))
+        result = training_step(state, tiny.batch(5), tiny.settings(goal), ScheduleState(0.4))
         results.append((result.loss, torch.get_rng_state(), [p.grad for p in state.model.parameters()]))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     assert all(torch.equal(a, b) for a, b in zip(results[0][2], results[1][2], strict=True))
@@ -240,9 +241,9 @@ def test_the_other_weights_of_a_seed_do_not_depend_on_the_codebook():
 def test_p21_gradients_of_single_terms_add_up():
     both = tiny.objective("both")
     partners = torch.tensor([3, 4, 0, 1, 2])  # without cma, itm would draw its own from other similarities
-    pinned = Pinned(partners, partners)
+    rows = dataclasses.replace(tiny.batch(5), fixed_draws=FixedDraws(partners, partners))
     state = tiny.state(both)
-    loss_and_gradients(state, tiny.batch(5), tiny.settings(both), Moment(both.alpha), SOLO, pinned)
+    loss_and_gradients(state, rows, tiny.settings(both), ScheduleState(both.alpha), SOLO)
     whole = {name: p.grad for name, p in state.model.named_parameters()}
     total = {name: torch.zeros_like(g) for name, g in whole.items() if g is not None}
     for term in ("cma", "imc", "lmi", "code", "ot", "itm", "mlm"):
@@ -250,7 +251,7 @@ def test_p21_gradients_of_single_terms_add_up():
         weight = getattr(both.weights, term)
         single = {f"weights__{name}": 0.0 for name in ("cma", "imc", "lmi", "code", "ot", "itm", "mlm")}
         goal = tiny.objective("both", **single | {f"weights__{term}": weight})
-        loss_and_gradients(state, tiny.batch(5), tiny.settings(goal), Moment(goal.alpha), SOLO, pinned)
+        loss_and_gradients(state, rows, tiny.settings(goal), ScheduleState(goal.alpha), SOLO)
         for name, p in state.model.named_parameters():
             if p.grad is not None:
                 total[name] += p.grad
@@ -311,16 +312,16 @@ def test_p29_ot_alone_leaves_the_encoders_untouched():
 
 def test_p30_presets_are_the_papers_sums():
     goal = tiny.objective("tcl")
-    result = training_step(tiny.state(goal), tiny.batch(5), tiny.settings(goal), Moment(0.4))
+    result = training_step(tiny.state(goal), tiny.batch(5), tiny.settings(goal), ScheduleState(0.4))
     six = [result.parts[name] for name in ("i2t", "t2i", "i2i", "t2t", "lmi_image", "lmi_text")]
     fused = result.terms["itm"] + result.terms["mlm"]
     assert number(result.loss) == pytest.approx(number(torch.stack(six).mean() + fused), abs=1e-12)
     goal = tiny.objective("codis-dual", weights__code=0.0, weights__ot=0.0)
-    result = training_step(tiny.state(goal), tiny.batch(5), tiny.settings(goal), Moment(0.4))
+    result = training_step(tiny.state(goal), tiny.batch(5), tiny.settings(goal), ScheduleState(0.4))
     four = [result.parts[name] for name in ("i2t", "t2i", "i2i", "t2t")]
     assert number(result.loss) == pytest.approx(number(torch.stack(four).sum()), abs=1e-12)
     goal = tiny.objective("codis-dual")
-    result = training_step(tiny.state(goal), tiny.batch(5), tiny.settings(goal), Moment(0.4))
+    result = training_step(tiny.state(goal), tiny.batch(5), tiny.settings(goal), ScheduleState(0.4))
     eight = [result.parts[name] for name in ("i2t", "t2i", "i2i", "t2t", "i2p", "t2p", "ot_v", "ot_t")]
     assert number(result.loss) == pytest.approx(number(torch.stack(eight).sum()), abs=1e-12)
 
@@ -341,7 +342,7 @@ def test_koleo_equals_its_definition():
 def test_koleo_may_be_given_by_either_of_its_names():
     for changes in ({"weights__koleo": 0.3}, {"codebook__koleo": 0.3}):
         goal = tiny.objective("both-dual", **changes)
-        result = training_step(tiny.state(goal), tiny.batch(5), tiny.settings(goal), Moment(0.4))
+        result = training_step(tiny.state(goal), tiny.batch(5), tiny.settings(goal), ScheduleState(0.4))
         plain = tiny.objective("both-dual")
-        without = training_step(tiny.state(plain), tiny.batch(5), tiny.settings(plain), Moment(0.4))
+        without = training_step(tiny.state(plain), tiny.batch(5), tiny.settings(plain), ScheduleState(0.4))
         assert number(result.loss - without.loss) == pytest.approx(0.3 * number(result.terms["koleo"]), rel=1e-9)

@@ -1,4 +1,4 @@
-"""The codebook beside its terms (codebook spec 3.4, 3.6, 4, 7): queue, empty shards, repair, first codes, refusals."""
+"""The codebook beside its terms (docs/spec/codebook.md 3.4, 3.6, 4, 7): queue, empty ranks, repair, first codes, errors."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from models import codebook
-from models.assignment import pose, queue_entries, solve
+from models.assignment import build_problem, queue_entries, solve
 from models.codebook import Pair, code_sums, transport_sums
 from models.collectives import SoloWorkers
 from models.config import CodebookConfig, InputError
-from models.objectives import Moment, check_codebook
+from models.objectives import ScheduleState, check_codebook
 from models.teacher import FeatureQueue
 from models.transport import Scores, sinkhorn
 from pipelines.step.context import build_context
@@ -39,7 +39,7 @@ def test_p23_an_empty_queue_is_no_queue_and_unfilled_slots_change_nothing():
 
     def potentials(queue: FeatureQueue | None, assign_queue: Any = "auto") -> torch.Tensor:
         config = CodebookConfig(size=9, assign_queue=assign_queue)
-        return solve(config, pose(config, batch, queue, [6], SOLO), codes).potentials
+        return solve(config, build_problem(config, batch, queue, [6], SOLO), codes).potentials
 
     empty = FeatureQueue(20, 4).double()
     empty.image.fill_(7.0)  # what lies in slots that were never written must not matter
@@ -58,15 +58,17 @@ def test_p23_a_batch_meets_its_own_rows_in_the_queue_only_in_the_next_step():
     goal = tiny.objective("both-dual")
     state, rows, settings = tiny.state(goal), tiny.batch(4), tiny.settings(goal)
     student = encode(state.model, rows.view1, rows)
-    first, fresh = build_context(state, student, rows, settings, Moment(0.0), SOLO)
-    alone_ = pose(goal.codebook, torch.stack([first.teacher.image, first.teacher.text]), None, [4], SOLO)
+    first, queue_rows = build_context(state, student, rows, settings, ScheduleState(0.0), SOLO)
+    alone_ = build_problem(goal.codebook, torch.stack([first.teacher.image, first.teacher.text]), None, [4], SOLO)
     assert torch.allclose(
         first.plan.potentials, solve(goal.codebook, alone_, state.model.codebook.unit()).potentials, atol=1e-12
     )
-    state.queue.enqueue(*fresh)
-    second, _ = build_context(state, student, rows, settings, Moment(0.0), SOLO)
+    state.queue.enqueue(*queue_rows)
+    second, _ = build_context(state, student, rows, settings, ScheduleState(0.0), SOLO)
     assert torch.allclose(second.plan.potentials, first.plan.potentials, atol=1e-9)  # every sample twice: the same plan
-    problem = pose(goal.codebook, torch.stack([second.teacher.image, second.teacher.text]), state.queue, [4], SOLO)
+    problem = build_problem(
+        goal.codebook, torch.stack([second.teacher.image, second.teacher.text]), state.queue, [4], SOLO
+    )
     assert int(problem.valid.sum()) == 8 and problem.valid.shape == (10,)  # 2 K - B entries are looked at
 
 
@@ -93,7 +95,7 @@ def test_p26_dead_codes_are_repaired_alike_on_all_ranks():
     def repaired(_: Any) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
         torch.manual_seed(0)
         state = tiny.state(goal)
-        training_step(state, tiny.batch(8), tiny.settings(goal), Moment(0.4))
+        training_step(state, tiny.batch(8), tiny.settings(goal), ScheduleState(0.4))
         state.usage.last_hits.fill_(1000)
         state.usage.last_pairs.fill_(200_000)
         state.usage.last_hits[:, 7] = 0
@@ -127,7 +129,7 @@ def test_p28_a_worker_without_rows_waits_for_no_one_and_changes_nothing():
 
     def one(workers: Any) -> torch.Tensor:
         mine = batch if workers.rank == 1 else batch[:, :0]
-        problem = pose(config, mine, None, [0, 6], workers)
+        problem = build_problem(config, mine, None, [0, 6], workers)
         plan = solve(config, problem, codes)
         pair = Pair(mine[0], mine[1])
         sums = [*code_sums(pair, pair, codes, plan, 0.1, 0.0, LIMIT), *transport_sums(pair, codes, plan, LIMIT)]
@@ -142,7 +144,7 @@ def test_p28_no_valid_sample_anywhere_gives_no_loss_and_no_nan():
     config = CodebookConfig(size=5)
     _, _, codes = random_pairs()
     nothing = torch.zeros(2, 0, 4, dtype=torch.float64)
-    plan = solve(config, pose(config, nothing, None, [0], SOLO), codes)
+    plan = solve(config, build_problem(config, nothing, None, [0], SOLO), codes)
     assert torch.allclose(plan.targets(torch.randn(2, 3, 5).double()), torch.full((2, 3, 5), 0.2).double())
     table = codes.clone().requires_grad_()
     pair = Pair(nothing[0], nothing[1])
@@ -158,10 +160,10 @@ def test_codes_stand_still_while_frozen_and_have_length_1_after_every_step():
     goal = tiny.objective("both-dual")
     state = tiny.state(goal, rate=0.1)
     start = state.model.codebook.weight.detach().clone()
-    training_step(state, tiny.batch(5), tiny.settings(goal), Moment(0.4, frozen=True))
+    training_step(state, tiny.batch(5), tiny.settings(goal), ScheduleState(0.4, frozen=True))
     assert torch.allclose(state.model.codebook.weight, start, atol=1e-12)
     assert state.model.codebook.weight not in state.optimizer.state
-    training_step(state, tiny.batch(5), tiny.settings(goal), Moment(0.4))
+    training_step(state, tiny.batch(5), tiny.settings(goal), ScheduleState(0.4))
     assert not torch.allclose(state.model.codebook.weight, start, atol=1e-3)
     assert torch.allclose(state.model.codebook.weight.norm(dim=1), torch.ones(5).double(), atol=1e-12)
 
@@ -171,7 +173,7 @@ def test_the_ramp_scales_the_codebooks_terms_and_at_0_skips_them():
     grads = {}
     for ramp in (0.0, 0.5, 1.0):
         state = tiny.state(goal)
-        outcome = loss_and_gradients(state, tiny.batch(5), tiny.settings(goal), Moment(0.4, ramp=ramp), SOLO)
+        outcome = loss_and_gradients(state, tiny.batch(5), tiny.settings(goal), ScheduleState(0.4, ramp=ramp), SOLO)
         assert ("i2p" in outcome.means) == (ramp > 0)
         grads[ramp] = state.model.codebook.weight.grad
     assert grads[0.0] is None
@@ -190,12 +192,12 @@ def test_queue_sample_plants_the_codes_once_there_are_enough_samples():
     goal = tiny.objective("both-dual", codebook__size=6, codebook__init="queue_sample", queue__size=20)
     state = tiny.state(goal)
     start = state.model.codebook.weight.detach().clone()
-    settings, still = tiny.settings(goal, seed=1), Moment(0.4, frozen=True)
+    settings, still = tiny.settings(goal, seed=1), ScheduleState(0.4, frozen=True)
     training_step(state, tiny.batch(4), settings, still)
-    assert not state.planted and torch.allclose(state.model.codebook.weight, start, atol=1e-12)
+    assert not state.codes_initialised and torch.allclose(state.model.codebook.weight, start, atol=1e-12)
     queue = state.queue
     training_step(state, tiny.batch(4, 1), settings, still)
-    assert state.planted
+    assert state.codes_initialised
     seen = torch.cat([queue.image[:8], queue.text[:8]])
     cosines = state.model.codebook.weight.detach() @ seen.T
     assert bool((cosines.amax(1) > 0.98).all())

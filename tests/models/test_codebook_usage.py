@@ -1,4 +1,4 @@
-"""Usage counts against the golden case, loops and closed forms (codebook spec 5 and 9)."""
+"""CodeUsage counts against the golden case, loops and closed forms (docs/spec/codebook.md 5 and 9)."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.codebook_metrics import (
-    Usage,
+    CodeUsage,
     kappa,
     perplexity,
 )
@@ -17,9 +17,11 @@ from tests.support.fake_workers import ThreadWorkers, on_threads
 from tests.support.usage_cases import SOLO, entropy, golden, nearest, numbers
 
 
-def filled(size: int = 6, per_code: int = 20, image: list[int] | None = None, text: list[int] | None = None) -> Usage:
-    """Usage whose last window has the given nearest codes, and an empty running one."""
-    usage = Usage(size, per_code)
+def filled(
+    size: int = 6, per_code: int = 20, image: list[int] | None = None, text: list[int] | None = None
+) -> CodeUsage:
+    """CodeUsage whose last window has the given nearest codes, and an empty running one."""
+    usage = CodeUsage(size, per_code)
     usage.count(nearest(image or [], size), nearest(text or image or [], size))
     assert usage.flush(SOLO)
     return usage
@@ -30,7 +32,7 @@ def filled(size: int = 6, per_code: int = 20, image: list[int] | None = None, te
 
 def test_golden_d_usage():
     case = golden("D")
-    usage = Usage(case["K"], 20)
+    usage = CodeUsage(case["K"], 20)
     usage.count(nearest(case["argmax_v"], case["K"]), nearest(case["argmax_t"], case["K"]))
     usage.flush(SOLO)
     metrics = usage.metrics()
@@ -46,7 +48,7 @@ def test_golden_d_usage():
 def test_counts_equal_loops_over_pairs():
     size, images = 9, [numbers(23, 9, seed=1), numbers(4, 9, seed=2)]
     batches = [(image, image + numbers(*image.shape, seed=3)) for image in images]
-    usage = Usage(size, 20)
+    usage = CodeUsage(size, 20)
     hits, same, near, pairs = [[0] * size, [0] * size], 0, 0, 0
     for image, text in batches:
         usage.count(image, text)
@@ -76,21 +78,21 @@ def test_a_code_that_one_modality_hits_is_not_dead():
 
 def test_with_five_codes_or_fewer_everything_is_in_the_top_five():
     for size in (1, 2, 5):
-        usage = Usage(size, 20)
+        usage = CodeUsage(size, 20)
         usage.count(numbers(30, size, seed=1), numbers(30, size, seed=2))
         usage.flush(SOLO)
         assert usage.metrics()["codebook/agree5"] == 1.0
 
 
 def test_a_pair_with_one_nearest_code_is_in_its_top_five_also_when_all_scores_tie():
-    usage = Usage(8, 20)
+    usage = CodeUsage(8, 20)
     usage.count(torch.zeros(3, 8), torch.zeros(3, 8))
     usage.flush(SOLO)
     assert usage.metrics()["codebook/agree1"] == usage.metrics()["codebook/agree5"] == 1.0
 
 
 def test_without_a_pair_there_are_no_metrics_no_dead_codes_and_no_full_window():
-    usage = Usage(7, 20)
+    usage = CodeUsage(7, 20)
     assert usage.metrics() == {}
     usage.count(torch.zeros(0, 7), torch.zeros(0, 7))
     assert not usage.flush(SOLO)
@@ -105,7 +107,7 @@ def test_a_single_code_has_perplexity_one_and_no_agreement_above_chance():
 
 def test_p06_permuting_codes_changes_no_metric():
     image, text, order = numbers(40, 7, seed=1), numbers(40, 7, seed=2), torch.tensor([3, 0, 6, 1, 2, 5, 4])
-    plain, permuted = Usage(7, 20), Usage(7, 20)
+    plain, permuted = CodeUsage(7, 20), CodeUsage(7, 20)
     plain.count(image, text)
     permuted.count(image[:, order], text[:, order])
     plain.flush(SOLO)
@@ -116,7 +118,7 @@ def test_p06_permuting_codes_changes_no_metric():
 
 def test_p17_swapping_modalities_swaps_perplexities_and_nothing_else():
     image, text = numbers(40, 7, seed=1), numbers(40, 7, seed=2)
-    plain, swapped = Usage(7, 20), Usage(7, 20)
+    plain, swapped = CodeUsage(7, 20), CodeUsage(7, 20)
     plain.count(image, text)
     swapped.count(text, image)
     plain.flush(SOLO)
@@ -134,7 +136,7 @@ def test_p17_swapping_modalities_swaps_perplexities_and_nothing_else():
 
 
 def test_a_window_is_full_at_its_size_becomes_the_last_and_a_new_one_starts():
-    usage = Usage(3, 4)
+    usage = CodeUsage(3, 4)
     usage.count(nearest([0] * 11, 3), nearest([1] * 11, 3))
     assert not usage.flush(SOLO) and not usage.full and int(usage.pairs) == 11
     usage.count(nearest([2], 3), nearest([2], 3))
@@ -156,7 +158,7 @@ def test_metrics_cover_the_last_full_window_and_the_running_one():
 
 
 def test_what_is_pending_counts_once_and_only_after_the_flush():
-    usage = Usage(4, 20)
+    usage = CodeUsage(4, 20)
     usage.count(nearest([1, 2], 4), nearest([1, 3], 4))
     assert usage.metrics() == {}
     usage.flush(SOLO)
@@ -168,8 +170,10 @@ PLACES = [[0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 2, 2, 1], [2, 2, 2, 2, 2, 2, 2]]
 """By batch, the worker of each row: uneven, and worker 2, then all others, have none."""
 
 
-def run_worker(workers: Any, batches: list[tuple[Tensor, Tensor]], places: list[list[int]]) -> tuple[Usage, list[bool]]:
-    usage, closed = Usage(5, 2), []
+def run_worker(
+    workers: Any, batches: list[tuple[Tensor, Tensor]], places: list[list[int]]
+) -> tuple[CodeUsage, list[bool]]:
+    usage, closed = CodeUsage(5, 2), []
     for (image, text), place in zip(batches, places, strict=True):
         rows = torch.tensor(place) == workers.rank
         usage.count(image[rows], text[rows])
@@ -195,7 +199,7 @@ def test_the_windows_are_saved_and_what_is_pending_is_not():
     usage.count(nearest([0], 4), nearest([0], 4))
     state = usage.state_dict()
     assert set(state) == {p + n for p in ("", "last_") for n in ("hits", "agree", "pairs")}
-    resumed = Usage(4, 2)
+    resumed = CodeUsage(4, 2)
     resumed.load_state_dict(copy.deepcopy(state))
     assert resumed.metrics() == usage.metrics() and resumed.full
     assert not resumed.pending_hits.any() and not resumed.pending_pairs
@@ -205,7 +209,7 @@ def test_the_windows_are_saved_and_what_is_pending_is_not():
 
 
 def test_dead_codes_have_less_than_their_share_of_the_even_one_in_both_modalities():
-    usage = Usage(4, 100)
+    usage = CodeUsage(4, 100)
     usage.last_pairs.fill_(400)  # evenly 100 a code, of which 2 % are 2
     usage.last_hits.copy_(torch.tensor([[1, 1, 2, 396], [1, 2, 1, 396]]))
     assert usage.dead(0.02).tolist() == [True, False, False, False]

@@ -12,7 +12,7 @@ from models.batch import Batch, identify
 from models.collectives import SoloWorkers
 from models.config import ObjectiveConfig
 from models.masking import mask_tokens
-from models.objectives import Moment
+from models.objectives import ScheduleState
 from models.teacher import FeatureQueue
 from pipelines.step.context import build_context
 from pipelines.step.grad_cache import encode
@@ -22,13 +22,13 @@ from tests.support import tiny
 
 def one_step(goal: ObjectiveConfig, rows: Batch, alpha: float | None = None, state=None):
     state = state or tiny.state(goal)
-    result = training_step(state, rows, tiny.settings(goal), Moment(goal.alpha if alpha is None else alpha))
+    result = training_step(state, rows, tiny.settings(goal), ScheduleState(goal.alpha if alpha is None else alpha))
     return result, state
 
 
 def context_of(goal: ObjectiveConfig, rows: Batch, state):
     student = encode(state.model, rows.view1, rows)
-    return build_context(state, student, rows, tiny.settings(goal), Moment(goal.alpha), SoloWorkers())[0]
+    return build_context(state, student, rows, tiny.settings(goal), ScheduleState(goal.alpha), SoloWorkers())[0]
 
 
 # ---- who is who ----
@@ -97,7 +97,7 @@ def one_row(context, row: int):
     fields = [tensor[row : row + 1] for tensor in context.student]
     identity = type(context.identity)(*(table[row : row + 1] for table in context.identity))
     return dataclasses.replace(
-        context, student=type(context.student)(*fields), identity=identity, offset=row, moment=Moment(0.0)
+        context, student=type(context.student)(*fields), identity=identity, offset=row, schedule=ScheduleState(0.0)
     )
 
 
@@ -185,18 +185,18 @@ def test_matching_equals_its_definition():
     state, rows = tiny.state(goal), tiny.batch(5)
     context = context_of(goal, rows, state)
     _, match_logits = losses.contrast_parts(goal, state.model, context)
-    drawn = fusion_losses.draw(goal, context, match_logits, tiny.TOKENS)
-    image, text = drawn.negatives.image, drawn.negatives.text
-    assert bool(drawn.negatives.has_image.all()) and bool(drawn.negatives.has_text.all())
+    targets = fusion_losses.draw_targets(goal, context, match_logits, tiny.TOKENS)
+    image, text = targets.negatives.image, targets.negatives.text
+    assert bool(targets.negatives.has_image.all()) and bool(targets.negatives.has_text.all())
     student, fusion = context.student, state.model.fusion
     memory = fusion.image_memory(student.image_tokens)
     sums = [
         fusion_losses.matching_sum(
-            fusion, context, [m.rows(torch.arange(5)[rows]) for m in memory], drawn.negatives, rows
+            fusion, context, [m.rows(torch.arange(5)[rows]) for m in memory], targets.negatives, rows
         )
         for rows in (slice(0, 2), slice(2, 5))
     ]
-    whole = fusion_losses.matching_sum(fusion, context, memory, drawn.negatives, slice(0, 5))
+    whole = fusion_losses.matching_sum(fusion, context, memory, targets.negatives, slice(0, 5))
     total = 0.0
     for b in range(5):
         for t, i, label in ((b, b, 1), (b, int(image[b]), 0), (int(text[b]), b, 0)):
@@ -206,7 +206,7 @@ def test_matching_equals_its_definition():
             )
             total -= F.log_softmax(logits, 1)[0, label].item()
     assert whole.item() == pytest.approx(total) and sum(sums).item() == pytest.approx(total)
-    assert int(fusion_losses.fusion_counts(drawn, goal.alpha)["itm"]) == 15
+    assert int(fusion_losses.fusion_counts(targets, goal.alpha)["itm"]) == 15
 
 
 def test_a_pair_without_any_wrong_partner_counts_its_match_alone():
@@ -217,10 +217,10 @@ def test_a_pair_without_any_wrong_partner_counts_its_match_alone():
     context = context_of(goal, rows, state)
     _, match_logits = losses.contrast_parts(goal, state.model, context)
     memory = state.model.fusion.image_memory(context.student.image_tokens)
-    drawn = fusion_losses.draw(goal, context, match_logits, tiny.TOKENS)
-    total = fusion_losses.matching_sum(state.model.fusion, context, memory, drawn.negatives, slice(0, 3))
+    targets = fusion_losses.draw_targets(goal, context, match_logits, tiny.TOKENS)
+    total = fusion_losses.matching_sum(state.model.fusion, context, memory, targets.negatives, slice(0, 3))
     logits = state.model.fusion.match_logits(context.student.text_tokens, rows.mask, context.student.image_tokens)
-    assert int(fusion_losses.fusion_counts(drawn, goal.alpha)["itm"]) == 3
+    assert int(fusion_losses.fusion_counts(targets, goal.alpha)["itm"]) == 3
     assert total.item() == pytest.approx(-F.log_softmax(logits, 1)[:, 1].sum().item())
 
 

@@ -10,7 +10,7 @@ import torch
 from models import fusion_losses, losses, sample_rng
 from models.batch import Batch
 from models.config import InputError, ObjectiveConfig, WeightsConfig
-from models.objectives import Moment, build_model, coefficients, needs_queue, needs_teacher, term_means
+from models.objectives import ScheduleState, build_model, coefficients, needs_queue, needs_teacher, term_means
 from pipelines.config import OBJECTIVES, PRESETS
 from pipelines.step import codebook as codes_module
 from pipelines.step import context as context_module
@@ -19,7 +19,7 @@ from pipelines.step.training_step import training_step
 from tests.support import tiny
 
 THIRD = 1 / 3
-WEIGHTS = {  # cma, imc, lmi, code, ot, itm, mlm: codebook spec 2.3
+WEIGHTS = {  # cma, imc, lmi, code, ot, itm, mlm: docs/spec/codebook.md 2.3
     "clip": (1, 0, 0, 0, 0, 0, 0),
     "albef": (1, 0, 0, 0, 0, 1, 1),
     "tcl": (THIRD, THIRD, THIRD, 0, 0, 1, 1),
@@ -34,7 +34,7 @@ WEIGHTS = {  # cma, imc, lmi, code, ot, itm, mlm: codebook spec 2.3
 
 def one_step(goal: ObjectiveConfig, rows: Batch, alpha: float | None = None, state=None):
     state = state or tiny.state(goal)
-    result = training_step(state, rows, tiny.settings(goal), Moment(goal.alpha if alpha is None else alpha))
+    result = training_step(state, rows, tiny.settings(goal), ScheduleState(goal.alpha if alpha is None else alpha))
     return result, state
 
 
@@ -60,12 +60,12 @@ def test_presets_have_the_published_weights(name, size):
 
 
 def test_parts_are_weighted_so_that_tcl_is_the_mean_of_six_directions():
-    weights = coefficients(OBJECTIVES["tcl"], Moment(0.4))
+    weights = coefficients(OBJECTIVES["tcl"], ScheduleState(0.4))
     six = ("i2t", "t2i", "i2i", "t2t", "lmi_image", "lmi_text")
     assert all(weights[name] == pytest.approx(1 / 6) for name in six)
     assert (weights["itm"], weights["mlm_hard"], weights["mlm_distill"]) == pytest.approx((1, 0.6, 0.4))
-    assert "mlm_distill" not in coefficients(OBJECTIVES["tcl"], Moment(0.0))
-    assert "mlm_hard" not in coefficients(OBJECTIVES["tcl"], Moment(1.0))
+    assert "mlm_distill" not in coefficients(OBJECTIVES["tcl"], ScheduleState(0.0))
+    assert "mlm_hard" not in coefficients(OBJECTIVES["tcl"], ScheduleState(1.0))
 
 
 def test_terms_are_means_of_their_directions_and_add_up_to_the_loss():
@@ -242,7 +242,7 @@ def test_odd_batches_give_finite_losses_and_gradients(preset, rows, changes):
 
 
 def test_the_padding_row_of_the_word_table_learns_as_output_only():
-    """Looked up, [PAD] gets no gradient (TCL spec 1.1); as an output of the language head it does."""
+    """Looked up, [PAD] gets no gradient (docs/spec/tcl.md 1.1); as an output of the language head it does."""
     for preset, moves in (("tcl-dual", False), ("tcl", True)):
         _, state = one_step(tiny.objective(preset), changed_captions(tiny.batch(3), [2, 4, 6]))
         assert bool(state.model.text.word_embeddings.grad[tiny.TOKENS.pad].any()) == moves

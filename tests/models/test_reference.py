@@ -1,4 +1,4 @@
-"""Published state dicts in and out: spellings, gaps, other sizes (TCL spec 9.2, 9.3)."""
+"""Published state dicts in and out: spellings, gaps, other sizes (docs/spec/tcl.md 9.2, 9.3)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The assignment solver against direct forms, closed forms and the golden cases (codebook spec 8 and 9)."""
+"""The assignment solver against direct forms, closed forms and the golden cases (docs/spec/codebook.md 8 and 9)."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import transport
 from models.collectives import SoloWorkers, Workers
-from models.transport import Plan, Scores, ipot, sinkhorn
+from models.transport import Scores, TransportPlan, ipot, sinkhorn
 from tests.support import fake_workers
 from tests.support.paths import GOLDEN
 
@@ -87,7 +87,9 @@ def test_p04_equals_the_procedure_without_logarithms(iters):
 SHARES = [slice(0, 20), slice(20, 20), slice(20, 37)]
 
 
-def solve_share(workers: Workers, solver: str, iters: int, features: Tensor, codes: Tensor, valid: Tensor) -> Plan:
+def solve_share(
+    workers: Workers, solver: str, iters: int, features: Tensor, codes: Tensor, valid: Tensor
+) -> TransportPlan:
     share = SHARES[workers.rank] if workers.world_size > 1 else slice(None)
     scores = Scores(features[:, share], codes)
     if solver == "ipot":
@@ -171,7 +173,7 @@ def test_p13_small_eps_with_equal_vectors_is_finite_in_float32():
 
 
 def direct_ipot(scores: Tensor, beta: float, outer: int) -> Tensor:
-    """The plan by the direct form of codebook spec 1.3, which carries all of it, entry by entry."""
+    """The plan by the direct form of docs/spec/codebook.md 1.3, which carries all of it, entry by entry."""
     rows, columns = scores.shape
     kernel = [[math.exp(-(1 - s) / beta) for s in row] for row in scores.tolist()]
     plan, sigma = [[1.0] * columns for _ in range(rows)], [1 / columns] * columns
@@ -274,7 +276,9 @@ def case_c_share(case: dict[str, Any], rank: int) -> tuple[Tensor, Tensor]:
     return torch.tensor([rows], dtype=torch.float64), torch.tensor(valid)
 
 
-def solve_case_c(workers: Workers, case: dict[str, Any], iters: int, balance: float, masked: bool = True) -> Plan:
+def solve_case_c(
+    workers: Workers, case: dict[str, Any], iters: int, balance: float, masked: bool = True
+) -> TransportPlan:
     scores, valid = case_c_share(case, workers.rank)
     return sinkhorn(Scores.given(scores), valid | (not masked), case["eps"], iters, balance, workers)
 
@@ -347,7 +351,7 @@ def test_two_problems_at_once_equal_the_two_alone():
         close(solve(scores), torch.cat([solve(scores[:1]), solve(scores[1:])]), 1e-12)
 
 
-def solve_without_a_sample(workers: Workers, samples: int) -> tuple[list[Plan], list[str]]:
+def solve_without_a_sample(workers: Workers, samples: int) -> tuple[list[TransportPlan], list[str]]:
     nobody = torch.zeros(samples, dtype=torch.bool)
     scores = Scores.given(toy(problems=2, samples=samples).float())
     plans = [sinkhorn(scores, nobody, 0.01, 3, b, workers) for b in (0.0, 0.5, 1.0)]

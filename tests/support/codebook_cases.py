@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from models.codebook import Pair
 from models.collectives import SoloWorkers
-from models.transport import Plan, Scores, sinkhorn
+from models.transport import Scores, TransportPlan, sinkhorn
 from tests.support.paths import GOLDEN
 
 GOLDEN = GOLDEN / "codebook"
@@ -33,7 +33,7 @@ def raw(dtype: torch.dtype = torch.float64) -> tuple[Pair, Pair, torch.Tensor]:
     return student, teacher, torch.tensor(inputs["codebook"], dtype=dtype)
 
 
-def plan_of(teacher: Pair, codes: torch.Tensor, eps: float, iters: int = 3, balance: float = 1.0) -> Plan:
+def plan_of(teacher: Pair, codes: torch.Tensor, eps: float, iters: int = 3, balance: float = 1.0) -> TransportPlan:
     scores = Scores(torch.stack([teacher.image, teacher.text]), codes)
     return sinkhorn(scores, torch.ones(len(teacher.image), dtype=torch.bool), eps, iters, balance, SOLO)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models import contrast, fusion_losses, losses
-from models.batch import Batch, Pinned
+from models.batch import Batch, FixedDraws
 from models.collectives import SoloWorkers
 from models.config import (
     EncoderConfig,
@@ -27,7 +27,7 @@ from models.config import (
 )
 from models.encoders import resolve
 from models.masking import Masked, SpecialTokens
-from models.objectives import Moment, build_model
+from models.objectives import ScheduleState, build_model
 from models.reference import Mismatch, load_reference
 from models.teacher import update_teacher
 from pipelines.step.context import build_context
@@ -109,10 +109,12 @@ def step_input(step: int, name: str) -> Tensor:
     return TENSORS[f"step{source}.in.{name}"]
 
 
-def make_batch(ids: Tensor, mask: Tensor, images: tuple[Tensor, Tensor], image_id: Tensor | None = None) -> Batch:
+def make_batch(
+    ids: Tensor, mask: Tensor, images: tuple[Tensor, Tensor], draws: FixedDraws, image_id: Tensor | None = None
+) -> Batch:
     rows = torch.arange(len(ids))
     identity = rows if image_id is None else image_id
-    return Batch(images[0].float(), images[1].float(), ids, mask.bool(), rows, identity, rows)
+    return Batch(images[0].float(), images[1].float(), ids, mask.bool(), rows, identity, rows, fixed_draws=draws)
 
 
 @dataclass
@@ -129,14 +131,14 @@ class Record:
     temperature: float = 0.0
 
 
-def probe(state: TrainState, settings: StepSettings, batch: Batch, alpha: float, pinned: Pinned) -> dict[str, Tensor]:
+def probe(state: TrainState, settings: StepSettings, batch: Batch, alpha: float) -> dict[str, Tensor]:
     """Features, similarities and targets of a step, from the product's own functions on a copy of the state."""
     state = copy.deepcopy(state)
     clamp_temperature(state.model, settings.objective)
     with torch.no_grad():
         student = encode(state.model, batch.view1, batch)
     update_teacher(state.teacher, state.model, settings.objective.teacher.momentum)
-    context, _ = build_context(state, student, batch, settings, Moment(alpha), SoloWorkers(), pinned)
+    context, _ = build_context(state, student, batch, settings, ScheduleState(alpha), SoloWorkers())
     temperature, queue, teacher = context.temperature.detach(), state.queue, context.teacher
     sims = {
         f"sim_{name}": contrast.similarities(query, keys, entries, temperature)
@@ -173,36 +175,37 @@ def probe(state: TrainState, settings: StepSettings, batch: Batch, alpha: float,
 
 
 def probe_language(
-    state: TrainState, settings: StepSettings, batch: Batch, pinned: Pinned
+    state: TrainState, settings: StepSettings, batch: Batch
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Both targets of a step's mlm and the logits behind them: a step computes only those that its alpha mixes."""
     state = copy.deepcopy(state)
     with torch.no_grad():
         student = encode(state.model, batch.view1, batch)
         update_teacher(state.teacher, state.model, settings.objective.teacher.momentum)
-        context, _ = build_context(state, student, batch, settings, Moment(0.5), SoloWorkers(), pinned)
-        hidden = fusion_losses.Hidden(pinned.masked, pinned.masked.selected.nonzero())
+        context, _ = build_context(state, student, batch, settings, ScheduleState(0.5), SoloWorkers())
+        masked = batch.fixed_draws.masked
+        hidden = fusion_losses.Hidden(masked, masked.selected.nonzero())
         memory = state.model.fusion.image_memory(student.image_tokens)
         teacher_memory = state.teacher.fusion.image_memory(context.teacher.image_tokens)
         logits = {
             "mlm_logits_masked": fusion_losses.language_logits(state.model, hidden, batch.mask, memory),
             "mlm_logits_m_masked": fusion_losses.language_logits(state.teacher, hidden, batch.mask, teacher_memory),
         }
-        rows, count = slice(0, len(batch)), int(pinned.masked.selected.sum())
+        rows, count = slice(0, len(batch)), int(masked.selected.sum())
         sums = fusion_losses.language_sums(state.model, state.teacher, context, memory, hidden, rows)
     return logits, {name: float(value / count) for name, value in sums.items()}
 
 
-def run_step(state: TrainState, settings: StepSettings, batch: Batch, alpha: float, pinned: Pinned) -> Record:
+def run_step(state: TrainState, settings: StepSettings, batch: Batch, alpha: float) -> Record:
     """One real training step with its intermediate tensors."""
-    out, language = probe(state, settings, batch, alpha, pinned), {}
-    if pinned.masked is not None:
-        logits, language = probe_language(state, settings, batch, pinned)
+    out, language = probe(state, settings, batch, alpha), {}
+    if batch.fixed_draws.masked is not None:
+        logits, language = probe_language(state, settings, batch)
         out |= logits
     hook = state.model.fusion.matching.register_forward_hook(
         lambda module, inputs, output: out.update(itm_embeds=inputs[0].detach(), itm_logits=output.detach())
     )
-    result = training_step(state, batch, settings, Moment(alpha), pinned=pinned)
+    result = training_step(state, batch, settings, ScheduleState(alpha))
     hook.remove()
     out |= {"image_queue": state.queue.image.T.clone(), "text_queue": state.queue.text.T.clone()}
     out |= {"queue_ptr": state.queue.pointer[None].clone(), "idx_queue": state.queue.image_id[None].clone()}
@@ -226,12 +229,12 @@ def run_pretraining() -> tuple[list[Record], StepSettings]:
         labels = TENSORS[f"step{step}.draw.mlm_labels"]
         ids = step_input(step, "input_ids")
         masked = Masked(TENSORS[f"step{step}.draw.mlm_input_ids"], labels != -100, ids)
-        pinned = Pinned(TENSORS[f"step{step}.draw.neg_image_idx"], TENSORS[f"step{step}.draw.neg_text_idx"], masked)
+        draws = FixedDraws(TENSORS[f"step{step}.draw.neg_image_idx"], TENSORS[f"step{step}.draw.neg_text_idx"], masked)
         images = (step_input(step, "image"), step_input(step, "image_aug"))
-        batch = make_batch(ids, step_input(step, "attention_mask"), images)
+        batch = make_batch(ids, step_input(step, "attention_mask"), images, draws)
         before = state.model.temperature.detach().clone()
         clamp = settings.objective.temperature
-        record = run_step(state, settings, batch, expected["alpha"], pinned)
+        record = run_step(state, settings, batch, expected["alpha"])
         record.temperature = float(before.clamp(clamp.min, clamp.max))
         records.append(record)
     return records, settings
@@ -240,12 +243,12 @@ def run_pretraining() -> tuple[list[Record], StepSettings]:
 def run_finetuning() -> tuple[Record, Mismatch]:
     state, settings, mismatch = make_reference_state(finetune=True)
     state.queue.image_id.copy_(TENSORS["finetune.in.idx_queue"][0])
-    pinned = Pinned(TENSORS["finetune.draw.neg_image_idx"], TENSORS["finetune.draw.neg_text_idx"])
+    draws = FixedDraws(TENSORS["finetune.draw.neg_image_idx"], TENSORS["finetune.draw.neg_text_idx"])
     images = tuple(TENSORS.get(f"finetune.in.{name}", step_input(0, name)) for name in ("image", "image_aug"))
     batch = make_batch(
-        step_input(0, "input_ids"), step_input(0, "attention_mask"), images, TENSORS["finetune.in.image_id"]
+        step_input(0, "input_ids"), step_input(0, "attention_mask"), images, draws, TENSORS["finetune.in.image_id"]
     )
     positions = state.model.vision.backbone.embeddings.position_embeddings.detach().clone()
-    record = run_step(state, settings, batch, EXPECTED["finetune"]["alpha"], pinned)
+    record = run_step(state, settings, batch, EXPECTED["finetune"]["alpha"])
     record.out["pos_embed_interpolated"] = positions
     return record, mismatch

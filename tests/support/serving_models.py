@@ -13,8 +13,8 @@ from PIL import Image
 
 from models.config import EncoderConfig
 from models.encoders import DualEncoder, Heads, resolve
-from models.inference import embed_images, embed_texts
-from models.package import Package, load_package, save_package
+from models.inference import Package, embed_images, embed_texts
+from models.package import load_package, save_package
 from models.preprocess import CaptionTokenizer, PreprocessorConfig, clean_caption, train_tokenizer
 from serving.index.build import build_index
 from tests.support.pairs import make_pairs

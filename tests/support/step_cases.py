@@ -11,7 +11,7 @@ from models.collectives import DistributedWorkers, SoloWorkers, Workers
 from models.config import ObjectiveConfig
 from models.fusion_losses import hard_negatives
 from models.losses import contrast_parts
-from models.objectives import Moment
+from models.objectives import ScheduleState
 from models.preprocess import CaptionTokenizer, PreprocessorConfig, train_tokenizer
 from pipelines.config import ExperimentConfig
 from pipelines.step.context import build_context
@@ -62,7 +62,7 @@ def run(
         rows = share(tiny.batch(sum(counts), step, dtype=dtype), counts, workers)
         trace.negatives.append(negatives(state, rows, goal, workers))
         result = training_step(
-            state, rows, tiny.settings(goal, chunk=chunk), Moment(goal.alpha, measured=True), workers
+            state, rows, tiny.settings(goal, chunk=chunk), ScheduleState(goal.alpha, measured=True), workers
         )
         trace.metrics.append({name: float(value) for name, value in result.metrics.items()})
         trace.losses.append(float(result.loss))
@@ -79,7 +79,7 @@ def save(goal: ObjectiveConfig, counts: list[int], folder: str) -> None:
     workers, state = here(), tiny.state(goal)
     for step in range(2):
         rows = share(tiny.batch(sum(counts), step), counts, workers)
-        training_step(state, rows, tiny.settings(goal), Moment(goal.alpha, step=step), workers)
+        training_step(state, rows, tiny.settings(goal), ScheduleState(goal.alpha, step=step), workers)
     if state.usage is not None:
         state.usage.flush(workers)
     if workers.rank == 0:
@@ -97,7 +97,7 @@ def resume(goal: ObjectiveConfig, counts: list[int], folder: str) -> tuple[float
     workers, state = here(), tiny.state(goal, seed=9)
     assert read_checkpoint(Path(folder), state, "test").step == 2
     rows = share(tiny.batch(sum(counts), 2), counts, workers)
-    result = training_step(state, rows, tiny.settings(goal), Moment(goal.alpha, step=2), workers)
+    result = training_step(state, rows, tiny.settings(goal), ScheduleState(goal.alpha, step=2), workers)
     if state.usage is not None:
         state.usage.flush(workers)
     return float(result.loss), everything(state)
@@ -109,7 +109,7 @@ def negatives(state: TrainState, rows: Any, goal: ObjectiveConfig, workers: Work
         return torch.zeros(2, 0, dtype=torch.int64)
     with torch.no_grad():
         student = encode(state.model, rows.view1, rows)
-    context, _ = build_context(state, student, rows, tiny.settings(goal), Moment(goal.alpha), workers)
+    context, _ = build_context(state, student, rows, tiny.settings(goal), ScheduleState(goal.alpha), workers)
     _, match_logits = contrast_parts(goal, state.model, context)
     return torch.stack(hard_negatives(context, match_logits)[:2])
 

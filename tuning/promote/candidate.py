@@ -103,8 +103,6 @@ def _json(uri: str) -> dict[str, Any]:
     try:
         document = json.loads(storage.read_bytes(uri))
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{uri}: damaged, not JSON ({error})") from error
     if not isinstance(document, dict):
         raise InputError(f"{uri}: damaged, no JSON object")

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from models.config import InputError
-from models.objectives import Moment, assigns, check_codebook, coefficients
+from models.objectives import ScheduleState, assigns, check_codebook, coefficients
 from pipelines import storage
 from pipelines.cli.flags import leaves
 from pipelines.config import ExperimentConfig
@@ -74,7 +74,7 @@ def check_point(point: Point, base: ExperimentConfig) -> ExperimentConfig:
     shown = " ".join(f"{key}={value}" for key, value in point.items())
     try:
         experiment = base.override(point)
-        if not coefficients(experiment.objective, Moment(experiment.objective.alpha)):
+        if not coefficients(experiment.objective, ScheduleState(experiment.objective.alpha)):
             raise InputError("every weight is 0, so nothing would be learnt")
         check_codebook(experiment.objective, experiment.optim.batch_size)
     except ValidationError as error:
@@ -200,8 +200,6 @@ def _read_file(uri: str) -> Space:
     try:
         tree = json.loads(storage.read_bytes(uri))
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"--space {uri}: not JSON ({error})") from None
     if not isinstance(tree, dict) or not tree:
         raise InputError(f'--space {uri}: needs an object such as {{"optim.learning_rate": [0.001, 0.003]}}')

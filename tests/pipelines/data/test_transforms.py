@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from models import images, sample_rng
-from models.images import FORMATS, Refused, open_picture
+from models.images import FORMATS, ImageRejected, open_image
 from models.preprocess import CaptionTokenizer, clean_caption, resize_for_eval, train_tokenizer
 from pipelines.config import ExperimentConfig, PairsConfig
 from pipelines.data import crops
@@ -151,7 +151,7 @@ def test_turned_jpegs_are_cropped_as_they_are_looked_at():
     turned[0x0112] = 6
     stored = gradient(width=800, height=400).transpose(Image.Transpose.ROTATE_90)
     data = encoded(stored, "JPEG", exif=turned.tobytes(), quality=95)
-    opened = open_picture(data, 10**9, 1)
+    opened = open_image(data, 10**9, 1)
     assert opened.image.size == (400, 800) and opened.size == (800, 400)
     upright = encoded(gradient(width=800, height=400), "JPEG", quality=95)
     for options in ({"augment": "none"}, {"crop_area_min": 0.2}):
@@ -233,8 +233,8 @@ def test_limits_are_the_settings():
     assert prepare_train([sample(jpeg(1, 1, 1))], settings_of(min_side=1), 0)["reason"][0] == ""
     assert plain(jpeg(1, 20, 20), max_pixels=399)["reason"][0] == "too_large"
     assert plain(jpeg(1, 20, 20), max_pixels=400)["reason"][0] == ""
-    with pytest.raises(Refused):
-        open_picture(b"", 1, 1)
+    with pytest.raises(ImageRejected):
+        open_image(b"", 1, 1)
 
 
 def test_a_large_picture_is_refused_before_it_is_decoded():

@@ -6,9 +6,9 @@ import torch
 
 from models.config import EncoderConfig, InputError
 from models.encoders import DualEncoder, Heads, resolve
+from models.inference import Package
 from models.metrics import retrieval_recall
 from models.normalize import normalize
-from models.package import Package
 from models.preprocess import CaptionTokenizer, PreprocessorConfig, train_tokenizer
 from pipelines.evaluation import rerank as rerank_module
 from pipelines.evaluation.evaluate import encode, score, two_stage_scores

@@ -12,7 +12,7 @@ from transformers.models.vit.modeling_vit import ViTMLP
 from models.config import ObjectiveConfig
 from models.fusion import FusionLayer
 from models.masking import select_tokens
-from models.objectives import Moment, build_model
+from models.objectives import ScheduleState, build_model
 from pipelines.config import ComputeConfig
 from pipelines.step.grad_cache import chunk_rows
 from pipelines.step.state import TrainState, make_state, parameter_groups
@@ -75,7 +75,7 @@ def test_dropout_is_replayed_in_the_second_pass_of_a_chunk():
     tower = ForwardPasses(state.model.text)
     state.model.text = tower
     torch.manual_seed(4)
-    training_step(state, tiny.batch(6), tiny.settings(goal, chunk=2), Moment(0.0))
+    training_step(state, tiny.batch(6), tiny.settings(goal, chunk=2), ScheduleState(0.0))
     after = torch.rand(3)
     assert len(tower.seen) == 6
     for first, second in zip(tower.seen[:3], tower.seen[3:], strict=True):
@@ -92,7 +92,7 @@ def _text(rows, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gradients(goal: ObjectiveConfig, state: TrainState) -> list[dict[str, torch.Tensor]]:
-    result = training_step(state, tiny.batch(5), tiny.settings(goal), Moment(0.4))
+    result = training_step(state, tiny.batch(5), tiny.settings(goal), ScheduleState(0.4))
     named = {name: p.grad for name, p in state.model.named_parameters() if p.requires_grad}
     return [named | {"loss": result.loss}]
 
@@ -152,9 +152,9 @@ def test_a_step_reads_nothing_from_the_device(preset):
     rows = tiny.batch(6, dtype=torch.float32)
     selected = select_tokens(rows.ids, rows.mask, rows.key, tiny.TOKENS, goal.mlm_probability)
     rows = dataclasses.replace(rows, hidden=tuple(selected.sum(1).tolist()))
-    training_step(state, rows, tiny.settings(goal), Moment(0.4))
+    training_step(state, rows, tiny.settings(goal), ScheduleState(0.4))
     with Waits() as waits:
-        training_step(state, rows, tiny.settings(goal), Moment(0.4))
+        training_step(state, rows, tiny.settings(goal), ScheduleState(0.4))
     assert waits.found == []
     with Waits() as waits:
         bool(rows.mask.all())
@@ -168,6 +168,6 @@ def test_hidden_tokens_counted_beforehand_change_nothing(chunk):
     counted = dataclasses.replace(rows, hidden=tuple(selected.sum(1).tolist()))
     losses = []
     for batch in (rows, counted):
-        result = training_step(tiny.state(goal), batch, tiny.settings(goal, chunk=chunk), Moment(0.4))
+        result = training_step(tiny.state(goal), batch, tiny.settings(goal, chunk=chunk), ScheduleState(0.4))
         losses.append(result.loss)
     assert torch.equal(*losses)

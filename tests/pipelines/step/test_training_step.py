@@ -9,9 +9,9 @@ import torch
 
 from models.collectives import SoloWorkers
 from models.config import ObjectiveConfig
-from models.fusion_losses import draw, fusion_counts, fusion_sums
+from models.fusion_losses import draw_targets, fusion_counts, fusion_sums
 from models.losses import contrast_parts
-from models.objectives import Moment
+from models.objectives import ScheduleState
 from pipelines.step.context import build_context
 from pipelines.step.grad_cache import encode
 from pipelines.step.gradients import sum_gradients
@@ -152,7 +152,7 @@ def test_p25_going_on_is_what_a_run_without_a_stop_would_do(ranked, preset):
     state = tiny.state(goal)
     for step in range(3):
         rows = tiny.batch(6, step)
-        result = training_step(state, rows, tiny.settings(goal), Moment(goal.alpha, step=step))
+        result = training_step(state, rows, tiny.settings(goal), ScheduleState(goal.alpha, step=step))
     assert ranked[preset, "resumed", 3][0][0] == pytest.approx(float(result.loss), rel=1e-9)
 
 
@@ -187,7 +187,7 @@ def test_local_negatives_are_the_mean_of_each_workers_own_terms(ranked):
     for first in (0, size):
         copy = tiny.state(goal)
         means = loss_and_gradients(
-            copy, tiny.part(whole, first, size), tiny.settings(goal), Moment(goal.alpha), SoloWorkers()
+            copy, tiny.part(whole, first, size), tiny.settings(goal), ScheduleState(goal.alpha), SoloWorkers()
         ).means
         losses.append(sum(float(mean) * weight for mean, weight in zip(means.values(), [1 / 6] * 6 + [1], strict=True)))
         gradients.append({name: p.grad for name, p in copy.model.named_parameters()})
@@ -227,7 +227,7 @@ def test_gradient_is_that_of_the_loss(preset):
     goal = tiny.objective(preset)
     rows, options = tiny.batch(4), tiny.settings(goal)
     state = tiny.state(goal)
-    means = loss_and_gradients(state, rows, options, Moment(goal.alpha), SoloWorkers()).means
+    means = loss_and_gradients(state, rows, options, ScheduleState(goal.alpha), SoloWorkers()).means
     again = tiny.state(goal)
     clamp_temperature(again.model, goal)
     student = encode(again.model, rows.view1, rows)
@@ -235,14 +235,14 @@ def test_gradient_is_that_of_the_loss(preset):
         with torch.no_grad():
             for copy, online in zip(again.teacher.parameters(), state.teacher.parameters(), strict=True):
                 copy.copy_(online)
-    context, _ = build_context(again, student, rows, options, Moment(goal.alpha), SoloWorkers())
+    context, _ = build_context(again, student, rows, options, ScheduleState(goal.alpha), SoloWorkers())
     context = type(context)(**{**vars(context), "student": student, "all_student": student})
     parts, match_logits = contrast_parts(goal, again.model, context)
     losses = {name: part.sum / part.count for name, part in parts.items()}
-    drawn = draw(goal, context, match_logits, tiny.TOKENS)
+    targets = draw_targets(goal, context, match_logits, tiny.TOKENS)
     if again.model.fusion is not None:
-        fused = fusion_sums(again.model, again.teacher, context, drawn, slice(0, 4))
-        losses |= {name: value / fusion_counts(drawn, goal.alpha)[name] for name, value in fused.items()}
+        fused = fusion_sums(again.model, again.teacher, context, targets, slice(0, 4))
+        losses |= {name: value / fusion_counts(targets, goal.alpha)[name] for name, value in fused.items()}
     assert losses.keys() == means.keys()
     weights = {"i2t": goal.weights.cma / 2, "t2i": goal.weights.cma / 2, "itm": goal.weights.itm}
     weights |= {name: goal.weights.imc / 2 for name in ("i2i", "t2t")}
@@ -260,14 +260,14 @@ def test_gradient_is_that_of_the_loss(preset):
 def test_loss_falls_on_one_batch():
     goal = tiny.objective("tcl-dual", queue__size=0)
     state, rows = tiny.state(goal, rate=3e-3), tiny.batch(6)
-    losses = [float(training_step(state, rows, tiny.settings(goal), Moment(0.0)).loss) for _ in range(30)]
+    losses = [float(training_step(state, rows, tiny.settings(goal), ScheduleState(0.0)).loss) for _ in range(30)]
     assert losses[-1] < losses[0] / 2
 
 
 def test_clipping_bounds_the_whole_gradient():
     goal = tiny.objective("clip")
     state = tiny.state(goal)
-    result = training_step(state, tiny.batch(4), tiny.settings(goal, clip_norm=1e-3), Moment(0.0))
+    result = training_step(state, tiny.batch(4), tiny.settings(goal, clip_norm=1e-3), ScheduleState(0.0))
     clipped = torch.stack([p.grad.norm() for p in state.model.parameters()]).norm()
     assert float(result.gradient_norm) > 1e-2 and float(clipped) == pytest.approx(1e-3, rel=1e-3)
 
@@ -277,21 +277,23 @@ def test_temperature_is_clamped_before_the_forward_pass_where_asked():
         goal = tiny.objective("clip", temperature__clamp=clamp)
         state = tiny.state(goal, rate=1e-12)
         state.model.temperature.data.fill_(3.0)
-        training_step(state, tiny.batch(3), tiny.settings(goal), Moment(0.0))
+        training_step(state, tiny.batch(3), tiny.settings(goal), ScheduleState(0.0))
         assert state.model.temperature.item() == pytest.approx(expected)
 
 
 def test_sixteen_bits_touch_towers_and_fusion_but_not_the_contrast():
     goal = tiny.objective("tcl")
     rows = tiny.batch(5, dtype=torch.float32)
-    exact = training_step(tiny.state(goal, dtype=torch.float32), rows, tiny.settings(goal), Moment(0.4))
-    result = training_step(tiny.state(goal, dtype=torch.float32), rows, tiny.settings(goal, bf16=True), Moment(0.4))
+    exact = training_step(tiny.state(goal, dtype=torch.float32), rows, tiny.settings(goal), ScheduleState(0.4))
+    result = training_step(
+        tiny.state(goal, dtype=torch.float32), rows, tiny.settings(goal, bf16=True), ScheduleState(0.4)
+    )
     assert float(result.loss) == pytest.approx(float(exact.loss), rel=0.05)
     assert float(result.loss) != float(exact.loss)
     state = tiny.state(goal, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         student = encode(state.model, rows.view1, rows)
-    context, _ = build_context(state, student, rows, tiny.settings(goal, bf16=True), Moment(0.4), SoloWorkers())
+    context, _ = build_context(state, student, rows, tiny.settings(goal, bf16=True), ScheduleState(0.4), SoloWorkers())
     parts, match_logits = contrast_parts(goal, state.model, context)
     assert {part.sum.dtype for part in parts.values()} == {torch.float32}
     product = student.image.double() @ context.keys[1].double().T / context.temperature.item()

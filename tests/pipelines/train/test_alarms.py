@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.codebook_metrics import Usage, code_metrics, embedding_metrics, mass_metrics, target_metrics
+from models.codebook_metrics import CodeUsage, code_metrics, embedding_metrics, mass_metrics, target_metrics
 from models.collectives import SoloWorkers
 from models.config import CodebookConfig, ObjectiveConfig
 from pipelines.config import PRESETS
@@ -333,7 +333,7 @@ def test_the_same_metrics_give_every_worker_the_same_alarms():
 def measured_keys() -> set[str]:
     """Every metric that a measured step and the usage counts give."""
     rows = F.normalize(torch.randn(4, 3), dim=1)
-    usage, scores = Usage(4, 1), rows @ rows.T
+    usage, scores = CodeUsage(4, 1), rows @ rows.T
     usage.count(scores, scores)
     usage.flush(SoloWorkers())
     targets = F.softmax(scores, 1)

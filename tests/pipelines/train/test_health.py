@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.collectives import SoloWorkers
-from models.objectives import Moment
+from models.objectives import ScheduleState
 from pipelines.step.state import StepResult, TrainState
 from pipelines.step.training_step import training_step
 from pipelines.train.health import TrainingStopped, Watch
@@ -20,7 +20,7 @@ CODES = 200
 def watched(**changes) -> tuple[TrainState, Watch]:
     goal = tiny.objective("both-dual", codebook__size=CODES, queue__size=64, **changes)
     state = tiny.state(goal)
-    training_step(state, tiny.batch(8), tiny.settings(goal), Moment(0.4))
+    training_step(state, tiny.batch(8), tiny.settings(goal), ScheduleState(0.4))
     return state, Watch(state, tiny.settings(goal), SoloWorkers(), 8)
 
 

@@ -22,7 +22,7 @@ import pytest
 from benchmarks.load import Reply, Tally, closed_loop, forever, request, until
 from benchmarks.service import Service, triptych_serve, wait_until
 from models import inference
-from models.package import Package
+from models.inference import Package
 from pipelines.tracking.registry import CHAMPION, SPACE, Registry
 from serving.model_source import INDEX_TAG
 from tests.support.pairs import make_pairs
