@@ -224,9 +224,9 @@ class CodebookConfig(Config):
     scores_mib: PositiveFloat = 512.0
     """Most memory of scores that the assignment keeps for its iterations, MiB; more are made again each time."""
     prior: Literal["uniform"] = "uniform"
-    """Mass that codes should get."""
+    """Mass that codes should get; only uniform is there, and named because stored configurations name it."""
     koleo: NonNegativeFloat = 0.0
-    """The same as weights.koleo, beside the codebook's other settings; give one of the two."""
+    """Another name of weights.koleo, beside the codebook's other settings; give one of the two."""
     dead: DeadCodesConfig = DeadCodesConfig()
     ipot: IpotConfig = IpotConfig()
 

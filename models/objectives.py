@@ -24,7 +24,7 @@ TERMS = {
 
 
 class ScheduleState(NamedTuple):
-    """Where in its run a step stands: all of the objective that changes with time."""
+    """The values that schedules give the objective at one step of a run."""
 
     alpha: float
     """Share of the teacher's soft targets."""
@@ -39,21 +39,21 @@ class ScheduleState(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A loss summed over what it averages, and how many that were."""
+    """One direction of a term, not averaged yet: the sum of its losses and how many there are."""
 
     sum: Float[Tensor, ""]
     count: Float[Tensor, ""] | Int[Tensor, ""] | int  # type: ignore[assignment]  # shadows tuple.count
 
 
 def needs_teacher(objective: ObjectiveConfig) -> bool:
-    """Whether any term looks at the teacher."""
+    """Whether any term reads the teacher's features."""
     w = objective.weights
     distils = w.mlm > 0 and objective.alpha > 0
     return infonce(objective) or w.imc > 0 or w.lmi > 0 or distils or assigns(objective)
 
 
 def needs_queue(objective: ObjectiveConfig) -> bool:
-    """Whether any term looks at the queue."""
+    """Whether any term reads the queue."""
     in_assignment = assigns(objective) and objective.codebook.assign_queue != 0
     return objective.queue.size > 0 and (infonce(objective) or objective.weights.imc > 0 or in_assignment)
 
@@ -69,8 +69,13 @@ def needs_codebook(objective: ObjectiveConfig) -> bool:
 
 
 def koleo_weight(objective: ObjectiveConfig) -> float:
-    """The weight of KoLeo, which has two names."""
-    return objective.weights.koleo or objective.codebook.koleo
+    """The weight of KoLeo, which has two names. Raises InputError where both are given and differ."""
+    weight, same = objective.weights.koleo, objective.codebook.koleo
+    if weight and same and weight != same:
+        raise InputError(
+            f"objective.weights.koleo {weight} and objective.codebook.koleo {same} differ; give one of them"
+        )
+    return weight or same
 
 
 def infonce(objective: ObjectiveConfig) -> bool:
@@ -110,7 +115,7 @@ def coefficients(objective: ObjectiveConfig, schedule: ScheduleState) -> dict[st
 
 
 def term_means(means: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Unweighted value of each term from the means of its parts."""
+    """Value of each term, without its weight, from the means of its parts; of mlm's two, mixed by alpha."""
     values = {}
     for term, names in TERMS.items():
         present = [means[name] for name in names if name in means]
@@ -123,20 +128,16 @@ def term_means(means: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
 
 def check_codebook(objective: ObjectiveConfig, batch_size: int) -> list[str]:
     """Warnings, a line each, of what may train badly (docs/spec/codebook.md 7); InputError for what cannot work."""
-    weight, same = objective.weights.koleo, objective.codebook.koleo
-    if weight and same and weight != same:
-        raise InputError(
-            f"objective.weights.koleo {weight} and objective.codebook.koleo {same} differ; give one of them"
-        )
+    koleo_weight(objective)
     if not assigns(objective):
         return []
     most = batch_size + queue_entries(objective.codebook, batch_size, objective.queue.size)
-    _refuse_codebook(objective, most)
-    return _doubts(objective, most)
+    _require_possible(objective, most)
+    return _warnings(objective, most)
 
 
-def _refuse_codebook(objective: ObjectiveConfig, most: int) -> None:
-    """`most` samples at once are assigned together."""
+def _require_possible(objective: ObjectiveConfig, most: int) -> None:
+    """Raises InputError for settings that cannot work, where at most `most` samples are assigned together."""
     config, name = objective.codebook, "objective.codebook"
     if most < 2 and config.balance == 1:
         raise InputError(
@@ -148,7 +149,8 @@ def _refuse_codebook(objective: ObjectiveConfig, most: int) -> None:
         raise InputError(f"{name}.dead.enabled: repair takes features from the queue; set objective.queue.size")
 
 
-def _doubts(objective: ObjectiveConfig, most: int) -> list[str]:
+def _warnings(objective: ObjectiveConfig, most: int) -> list[str]:
+    """Settings that work and may train badly, where at most `most` samples are assigned together."""
     config, name = objective.codebook, "objective.codebook"
     notes = []
     if config.solver == "sinkhorn" and config.eps >= config.tau:

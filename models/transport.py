@@ -14,18 +14,19 @@ from torch import Tensor
 
 from models.collectives import Workers
 
-PASS = (2**21, 2**26)
-"""Bytes of scores that a pass looks at together, on a CPU and on a GPU, where small blocks cost launches."""
-SWALLOW = 1e30
-"""Potential of every code where there is no sample: whatever score is added rounds away, so all codes are alike."""
+CPU_BLOCK_BYTES = 2**21
+"""Scores that a pass reads at once on a CPU: what stays in its cache is read four times as fast."""
+CUDA_BLOCK_BYTES = 2**26
+"""The same on a GPU, where each block costs the launch of its kernels."""
+NO_SAMPLE_POTENTIAL = 1e30
+"""Potential of every code where there is no sample: any score added to it rounds away, so all codes are alike."""
 
 
 class Scores:
-    """Cosines of samples with codes in blocks of rows, of which at most `limit` bytes exist (one row at the least).
+    """Cosines of samples with codes, in blocks of rows; at most `limit` bytes of them exist (one row at the least).
 
-    Where all rows fit they are made once and kept, otherwise each pass makes them again. They are handed out in blocks
-    that a processor's cache holds, four times as fast in a pass as all at once. They have the precision of
-    `features` but 32 bits at the least, under autocast too, and no gradient (docs/spec/codebook.md 3.5).
+    Where all rows fit into `limit` they are computed once and kept, otherwise again in each pass. They have the
+    precision of `features` but at least 32 bits, under autocast too, and no gradient (docs/spec/codebook.md 3.5).
     """
 
     def __init__(self, features: Float[Tensor, "S P D"], codes: Float[Tensor, "K D"], limit: int = 2**26) -> None:
@@ -33,29 +34,25 @@ class Scores:
         self.problems, self.samples, self.codes = len(features), features.shape[1], len(codes)
         self._features, self._codes = features.detach().to(dtype), codes.detach().to(dtype)
         row_bytes = self.problems * self.codes * dtype.itemsize
-        self._rows = max(1, limit // row_bytes)
-        self._at_once = max(1, PASS[features.device.type == "cuda"] // row_bytes)
-        self._kept = self._make(slice(0, self.samples)) if self.samples <= self._rows else None
-
-    @classmethod
-    def given(cls, scores: Float[Tensor, "S P K"]) -> "Scores":
-        """Scores that are known already: their own cosines with the unit vectors of the axes."""
-        return cls(scores, torch.eye(scores.shape[2], dtype=scores.dtype, device=scores.device))
+        block_bytes = CUDA_BLOCK_BYTES if features.device.type == "cuda" else CPU_BLOCK_BYTES
+        self._rows_in_memory = max(1, limit // row_bytes)
+        self._rows_of_block = max(1, block_bytes // row_bytes)
+        self._kept = self._compute(slice(0, self.samples)) if self.samples <= self._rows_in_memory else None
 
     def __iter__(self) -> Iterator[tuple[slice, Float[Tensor, "S B K"]]]:
         """Blocks in order: which rows, and their scores; no block where there is no row."""
-        for first in range(0, self.samples, self._rows):
-            last = min(first + self._rows, self.samples)
-            made = self._make(slice(first, last)) if self._kept is None else self._kept
-            for start in range(first, last, self._at_once):
-                stop = min(start + self._at_once, last)
-                yield slice(start, stop), made[:, start - first : stop - first]
+        for first in range(0, self.samples, self._rows_in_memory):
+            last = min(first + self._rows_in_memory, self.samples)
+            scores = self._compute(slice(first, last)) if self._kept is None else self._kept
+            for start in range(first, last, self._rows_of_block):
+                stop = min(start + self._rows_of_block, last)
+                yield slice(start, stop), scores[:, start - first : stop - first]
 
     def filled(self, value: float) -> Float[Tensor, "S K"]:
         """`value` for each problem and code, where the scores are and in their precision."""
         return self._codes.new_full((self.problems, self.codes), value)
 
-    def _make(self, rows: slice) -> Float[Tensor, "S B K"]:
+    def _compute(self, rows: slice) -> Float[Tensor, "S B K"]:
         with torch.autocast(self._codes.device.type, enabled=False):
             return self._features[:, rows] @ self._codes.T
 
@@ -97,9 +94,10 @@ def sinkhorn(
 def ipot(scores: Scores, valid: Bool[Tensor, " P"], beta: float, outer: int, workers: Workers) -> TransportPlan:
     """Assignment by `outer` inexact proximal point steps with one inner iteration each (docs/spec/codebook.md 3.7).
 
-    Step t is a Sinkhorn step at sharpness t / beta: with F_t = F_(t-1) + dl and G_t = G_(t-1) + s put into the log-dual
-    form, F_(t-1) cancels and the codes enter the sample step with G_(t-1) + s_(t-1) = 2 G_(t-1) - G_(t-2). Constants of
-    a problem (ln P, ln K, the 1 of 1 - S) cancel in q. Exchanges as in `sinkhorn`.
+    IPOT multiplies the last plan by the kernel exp(-C / beta) and rescales rows and columns once. In logarithms
+    (F samples, G codes, both accumulated over steps) that is a Sinkhorn step at sharpness t / beta in which F cancels
+    and the codes enter with G_(t-1) + s_(t-1) = 2 G_(t-1) - G_(t-2), s being the last step's change of G: no plan is
+    ever stored. Constants of a problem (ln P, ln K, the 1 of 1 - S) cancel in q. Exchanges as in `sinkhorn`.
     """
     before = potentials = scores.filled(0.0)
     for step in range(1, outer + 1):
@@ -118,7 +116,7 @@ def _log_code_sums(
     """
     sums = scores.filled(-torch.inf)
     for rows, block in scores:
-        logits = block * sharpness
+        logits = block * sharpness  # a new table, which the next lines may change in place
         if potentials is not None:
             logits -= torch.logsumexp(logits + potentials[:, None], 2, keepdim=True)
         logits += torch.where(valid[rows], 0.0, -torch.inf)[:, None]
@@ -136,4 +134,4 @@ def _code_step(local: Float[Tensor, "S K"], balance: float, workers: Workers) ->
     total = workers.all_reduce_sum(torch.exp(local - peak))
     nobody = total == 0
     potentials = -balance * (peak + total.masked_fill(nobody, 1.0).log())
-    return (potentials - potentials.mean(1, keepdim=True)).masked_fill(nobody, SWALLOW)
+    return (potentials - potentials.mean(1, keepdim=True)).masked_fill(nobody, NO_SAMPLE_POTENTIAL)

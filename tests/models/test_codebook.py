@@ -18,7 +18,7 @@ from pipelines.step.grad_cache import encode
 from pipelines.step.state import TrainState
 from pipelines.step.training_step import loss_and_gradients, training_step
 from tests.support import tiny
-from tests.support.codebook_cases import CASE, EPS, LIMIT, SOLO, number, plan_of, random_pairs, raw, unit
+from tests.support.codebook_cases import CASE, EPS, LIMIT, SOLO, number, plan_of, random_pairs, raw, unit_rows
 
 # ---- golden numbers ----
 
@@ -292,7 +292,7 @@ def test_p24_under_autocast_everything_is_fp32_and_the_same():
 
 
 def test_p27_the_codes_move_toward_their_samples_and_away_with_the_printed_sign():
-    code, sample = unit([[1.0, 0.2]]), unit([[0.3, 1.0]])
+    code, sample = unit_rows([[1.0, 0.2]]), unit_rows([[0.3, 1.0]])
     target = torch.ones(1, 1, dtype=torch.float64)
     for sign, closer in ((1.0, True), (-1.0, False)):
         table = code.clone().requires_grad_()

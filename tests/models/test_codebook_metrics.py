@@ -15,7 +15,7 @@ from models.codebook_metrics import (
     target_metrics,
     uniformity,
 )
-from tests.support.usage_cases import as_floats, entropy, golden, mean, numbers, unit
+from tests.support.codebook_cases import as_floats, entropy, golden, mean, numbers, unit
 
 # Embeddings and codes.
 

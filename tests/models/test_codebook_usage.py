@@ -13,8 +13,8 @@ from models.codebook_metrics import (
     kappa,
     perplexity,
 )
+from tests.support.codebook_cases import SOLO, entropy, golden, nearest, numbers
 from tests.support.fake_workers import ThreadWorkers, on_threads
-from tests.support.usage_cases import SOLO, entropy, golden, nearest, numbers
 
 
 def filled(

@@ -1,7 +1,6 @@
 """The assignment solver against direct forms, closed forms and the golden cases (docs/spec/codebook.md 8 and 9)."""
 
 import itertools
-import json
 import math
 from typing import Any
 
@@ -12,22 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import transport
-from models.collectives import SoloWorkers, Workers
+from models.collectives import Workers
 from models.transport import Scores, TransportPlan, ipot, sinkhorn
 from tests.support import fake_workers
-from tests.support.paths import GOLDEN
+from tests.support.codebook_cases import SOLO, golden, unit
 
 SAMPLES, CODES, WIDTH = 37, 11, 16
-SOLO = SoloWorkers()
-
-
-def golden(case: str) -> dict[str, Any]:
-    return json.loads((GOLDEN / "codebook" / f"{case}.json").read_text())
-
-
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
 
 
 def toy(problems: int = 1, samples: int = SAMPLES, codes: int = CODES, seed: int = 0) -> Tensor:
@@ -38,13 +27,18 @@ def everyone(samples: int) -> Tensor:
     return torch.ones(samples, dtype=torch.bool)
 
 
+def known(scores: Tensor) -> Scores:
+    """Scores (problems, samples, codes) as they are: their own cosines with the axes of the codes."""
+    return Scores(scores, torch.eye(scores.shape[2], dtype=scores.dtype))
+
+
 def assign(scores: Tensor, eps: float = 0.05, iters: int = 3, balance: float = 1.0) -> Tensor:
     """Targets of all samples of one worker's problems."""
-    return sinkhorn(Scores.given(scores), everyone(scores.shape[1]), eps, iters, balance, SOLO).targets(scores)
+    return sinkhorn(known(scores), everyone(scores.shape[1]), eps, iters, balance, SOLO).targets(scores)
 
 
 def assign_ipot(scores: Tensor, beta: float = 0.5, outer: int = 50) -> Tensor:
-    return ipot(Scores.given(scores), everyone(scores.shape[1]), beta, outer, SOLO).targets(scores)
+    return ipot(known(scores), everyone(scores.shape[1]), beta, outer, SOLO).targets(scores)
 
 
 def close(actual: Tensor, expected: Any, atol: float) -> None:
@@ -190,7 +184,7 @@ def plan_of_potentials(scores: Tensor, beta: float, outer: int) -> Tensor:
 
     Its samples' factors come from the codes' potentials that the last sample step saw (2 G_(n-1) - G_(n-2)).
     """
-    given, valid = Scores.given(scores[None]), everyone(len(scores))
+    given, valid = known(scores[None]), everyone(len(scores))
     last, before, earlier = (ipot(given, valid, beta, n, SOLO).potentials[0] for n in (outer, outer - 1, outer - 2))
     logits = scores * outer / beta
     samples = -torch.logsumexp(logits + 2 * before - earlier, 1, keepdim=True)
@@ -280,7 +274,7 @@ def solve_case_c(
     workers: Workers, case: dict[str, Any], iters: int, balance: float, masked: bool = True
 ) -> TransportPlan:
     scores, valid = case_c_share(case, workers.rank)
-    return sinkhorn(Scores.given(scores), valid | (not masked), case["eps"], iters, balance, workers)
+    return sinkhorn(known(scores), valid | (not masked), case["eps"], iters, balance, workers)
 
 
 def test_golden_c_two_workers_a_padded_sample_and_queue_entries():
@@ -316,7 +310,7 @@ def test_golden_c_the_two_mistakes_give_the_wrong_targets_named_there():
 @pytest.mark.parametrize("in_a_pass", [2, 37])
 @pytest.mark.parametrize("rows", [1, 3, 37])
 def test_blocks_of_rows_give_the_same_as_one_and_stay_under_the_limit(rows, in_a_pass, monkeypatch):
-    monkeypatch.setattr(transport, "PASS", (in_a_pass * 2 * CODES * 8, 0))
+    monkeypatch.setattr(transport, "CPU_BLOCK_BYTES", in_a_pass * 2 * CODES * 8)
     features, codes = unit(2, SAMPLES, WIDTH), unit(CODES, WIDTH, seed=1)
     limit = rows * 2 * CODES * 8 + 7
     blocks, whole = Scores(features, codes, limit), Scores(features, codes)
@@ -353,7 +347,7 @@ def test_two_problems_at_once_equal_the_two_alone():
 
 def solve_without_a_sample(workers: Workers, samples: int) -> tuple[list[TransportPlan], list[str]]:
     nobody = torch.zeros(samples, dtype=torch.bool)
-    scores = Scores.given(toy(problems=2, samples=samples).float())
+    scores = known(toy(problems=2, samples=samples).float())
     plans = [sinkhorn(scores, nobody, 0.01, 3, b, workers) for b in (0.0, 0.5, 1.0)]
     return [*plans, ipot(scores, nobody, 0.5, 50, workers)], getattr(workers, "calls", [])
 
@@ -394,32 +388,3 @@ def test_the_solver_never_waits_for_the_device(limit):
         for forbidden in (lambda: bool(valid.all()), lambda: codes.sum().item(), lambda: features[:, valid]):
             with pytest.raises(AssertionError):
                 forbidden()
-
-
-def leave_one_out(workers: Workers) -> None:
-    if workers.rank != 1:
-        workers.all_reduce_sum(torch.zeros(1))
-
-
-def fail_on_one(workers: Workers) -> None:
-    if workers.rank == 1:
-        raise ValueError("rank 1")
-    workers.all_reduce_sum(torch.zeros(1))
-
-
-def exchange_all(workers: Workers) -> list[Any]:
-    rank = workers.rank
-    counts = workers.row_counts(rank)
-    rows = workers.all_gather_rows(torch.full((rank, 2), rank), counts)
-    sums = workers.all_reduce_sum(torch.tensor([rank, 1]))
-    return [counts, rows, sums, workers.all_reduce_max(torch.tensor(rank)), workers.broadcast(torch.tensor(rank + 5))]
-
-
-def test_fake_workers_keep_the_protocol_and_show_mistakes():
-    for counts, rows, sums, largest, first in fake_workers.on_threads(3, exchange_all):
-        assert counts == [0, 1, 2] and rows.tolist() == [[1, 1], [2, 2], [2, 2]]
-        assert sums.tolist() == [3, 3] and int(largest) == 2 and int(first) == 5
-    with pytest.raises(ValueError, match="rank 1"):
-        fake_workers.on_threads(3, fail_on_one)
-    with pytest.raises(AssertionError, match="different calls"):
-        fake_workers.on_threads(3, leave_one_out)

@@ -1,4 +1,4 @@
-"""The codebook beside its terms (docs/spec/codebook.md 3.4, 3.6, 4, 7): queue, empty ranks, repair, first codes, errors."""
+"""The codebook beside its terms (docs/spec/codebook.md 3.4, 3.6, 4, 7): queue, empty ranks, repair, first codes."""
 
 from typing import Any
 
