@@ -1,1 +1,1 @@
-"""Model, objectives and metrics in plain PyTorch; knows no Ray, no MLflow and no sibling package."""
+"""Model, objectives and metrics in plain PyTorch; imports no Ray, no MLflow and no sibling package."""

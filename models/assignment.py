@@ -19,7 +19,7 @@ from models.transport import Scores, TransportPlan, ipot, sinkhorn
 
 @dataclass(frozen=True)
 class Problem:
-    """This worker's share of the samples that are assigned together."""
+    """This worker's share of the samples that are assigned to codes together; image and text are two problems."""
 
     features: Float[Tensor, "2 P D"]
     valid: Bool[Tensor, " P"]
@@ -32,7 +32,7 @@ class Problem:
 
 
 def queue_entries(config: CodebookConfig, rows: int, size: int) -> int:
-    """Queue entries that are assigned together with a batch of `rows`; entries not yet written are masked later."""
+    """How many of `size` queue entries are assigned together with a batch of `rows`, written or not."""
     if config.assign_queue == "auto":
         return max(0, min(2 * config.size - rows, size))
     return min(config.assign_queue, size)
@@ -46,10 +46,11 @@ def build_problem(
     counts: list[int],
     workers: Workers,
 ) -> Problem:
-    """The teacher's view of the batch, then the newest queue entries (docs/spec/codebook.md 3.4).
+    """The features whose codes are solved for together in this step (docs/spec/codebook.md 3.4).
 
-    `counts` are the workers' rows. `sharded`: each worker has its own rows and every W-th queue entry; `replicated`:
-    each has all of them; `local`: each has its own rows and the whole queue, and asks no one.
+    They are the teacher's of the batch (`counts` rows by worker), then the newest queue entries. `sharded`: each of W
+    workers has its own rows and every W-th queue entry, and they exchange sums; `replicated`: each has all rows and
+    entries; `local`: each has its own rows and the whole queue, without any exchange.
     """
     rows, step, first = full_precision(teacher), 1, 0
     if config.dist == "sharded":
@@ -64,6 +65,7 @@ def build_problem(
     valid = torch.ones(rows.shape[1], dtype=torch.bool, device=rows.device)
     entries = queue_entries(config, sum(counts), len(queue.image)) if queue is not None else 0
     if queue is not None and entries > 0:
+        # Entries not written yet stay in, masked: shapes do not depend on the device's count, so nobody waits for it.
         older, written = queue.newest(entries)
         rows = torch.cat([rows, older[:, first::step].to(rows.dtype)], 1)
         valid = torch.cat([valid, written[first::step]])
@@ -71,7 +73,7 @@ def build_problem(
 
 
 def solve(config: CodebookConfig, problem: Problem, codes: Float[Tensor, "K D"]) -> TransportPlan:
-    """The plan that all workers share."""
+    """Assign the problem's samples to the codes; the plan is the same on all workers that take part."""
     scores = problem.scores(codes.detach(), int(config.scores_mib * 2**20))
     if config.solver == "ipot":
         return ipot(scores, problem.valid, config.ipot.beta, config.ipot.outer, problem.workers)

@@ -33,7 +33,7 @@ class Codebook(nn.Module):
 
 
 class Pair(NamedTuple):
-    """The same of both modalities."""
+    """Unit vectors of the same rows in both modalities."""
 
     image: Float[Tensor, "B D"]
     text: Float[Tensor, "B D"]
@@ -148,7 +148,7 @@ def badly_covered(
     noise: float,
     generator: torch.Generator,
 ) -> Float[Tensor, "count D"]:
-    """New places for dead codes: features drawn with probability in 1 - cosine to their nearest code, with noise."""
+    """New vectors for dead codes: features, with noise, drawn with probability in 1 - cosine to their nearest code."""
     weights = (1 - (features @ codes.T).amax(1)).clamp(min=0).double().cpu() + 1e-12
     chosen = torch.multinomial(weights, count, generator=generator)
     return _disturbed(features[chosen.to(features.device)], noise, generator)
@@ -160,5 +160,5 @@ def _disturbed(rows: Float[Tensor, "R D"], noise: float, generator: torch.Genera
 
 
 def full_precision(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """At least 32 bits: what autocast made 16."""
+    """The values with at least 32 bits, where autocast left 16."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

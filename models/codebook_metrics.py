@@ -1,8 +1,8 @@
 """How the codes are used and how the embeddings lie: what is logged beside the loss (docs/spec/codebook.md 5).
 
 Axes: B rows here, or of all workers where it says so; R rows of any matrix; K codes, D width of the joint space.
-All metrics look at the nearest code or the softmax of the student's own scores, not at the balanced targets, which are
-spread evenly over the codes whatever becomes of them.
+All metrics of use take the nearest code or the softmax of the student's own scores, not the balanced targets: those
+are spread evenly over the codes even where the codebook has collapsed.
 """
 
 import math
@@ -17,9 +17,9 @@ from models.codebook import full_precision
 from models.collectives import Workers
 
 TOP = 5
-"""Codes that are near enough for `agree5`."""
+"""How many nearest codes count for `agree5`."""
 LIMIT = 2**26
-"""Most bytes of a table of cosines that is made at once."""
+"""Most bytes of a block of cosines."""
 
 
 class CodeUsage(nn.Module):
@@ -55,7 +55,7 @@ class CodeUsage(nn.Module):
 
     @torch.no_grad()
     def count(self, image_scores: Float[Tensor, "B K"], text_scores: Float[Tensor, "B K"]) -> None:
-        """Note the nearest codes of this worker's pairs; exchanges nothing and does not wait for the device."""
+        """Count the nearest codes of this worker's pairs; exchanges nothing and does not wait for the device."""
         nearest = torch.stack([image_scores.argmax(1), text_scores.argmax(1)])
         near = _in_top(image_scores, nearest[1]) + _in_top(text_scores, nearest[0])
         # scatter_add_, for bincount reads its largest value from the device first.
@@ -65,7 +65,7 @@ class CodeUsage(nn.Module):
 
     @torch.no_grad()
     def flush(self, workers: Workers) -> bool:
-        """Add all workers' pending counts to the window, and say whether that filled it: then it is the last full one.
+        """Add all workers' pending counts to the window; true where that filled it, and it became the last full one.
 
         Every worker makes the call, also where it counted nothing. One exchange; reads the device.
         """
@@ -117,9 +117,9 @@ class CodeUsage(nn.Module):
         return (self.last_hits < min_rel_hits * even).all(0)
 
     def forget(self, codes: Bool[Tensor, " K"] | Int[Tensor, " R"]) -> None:
-        """Codes with a new place start anew: what both windows hold of them becomes the even share.
+        """Set the counts of moved codes to the even share in both windows.
 
-        So they are neither dead before a window has measured them nor where only the end of one did.
+        Otherwise a code moved late in a window would be judged by the few pairs left of it, and be dead at once.
         """
         for hits, pairs in ((self.hits, self.pairs), (self.last_hits, self.last_pairs)):
             hits[:, codes] = (pairs + hits.shape[1] - 1) // hits.shape[1]
@@ -194,11 +194,11 @@ def code_metrics(codes: Float[Tensor, "K D"]) -> dict[str, Float[Tensor, ""]]:
 
 
 def _effective_rank(rows: Float[Tensor, "R D"]) -> Float[Tensor, ""]:
-    """NaN where a row is not finite: the eigenvalues of such a matrix raise, and hide what training has to say."""
+    """NaN where a row is not finite: `eigvalsh` would raise, and hide the error that training gives for it."""
     gram = rows.T @ rows if rows.shape[0] > rows.shape[1] else rows @ rows.T
     finite = gram.isfinite().all()
     squares = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp(min=0)
-    # Rounding makes something of a 0, and the root makes more of it.
+    # A zero eigenvalue comes out near eps; its root, near 1e-8, would count as a direction.
     noise = len(gram) * torch.finfo(gram.dtype).eps * squares.amax()
     values = torch.where(squares > noise, squares, 0.0).sqrt()
     rank = torch.special.entr(values / values.sum().clamp(min=1e-30)).sum().exp()

@@ -1,4 +1,4 @@
-"""What passes between workers, behind one small interface, so that the mathematics knows no process group.
+"""What passes between workers, behind one small interface, so that the mathematics needs no process group.
 
 `SoloWorkers` is one worker alone; `DistributedWorkers` is what torch.distributed (set up by Ray Train) offers. Every
 rank must make the same calls in the same order, also with no rows of its own.

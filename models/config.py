@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 PACKAGE_FORMAT = "triptych-package-1"
-"""What a package's `config.json` says it is."""
+"""Value of `format` in the `config.json` of a package."""
 
 
 class InputError(Exception):
@@ -22,7 +22,7 @@ class InputError(Exception):
 
 
 class Config(BaseModel):
-    """Immutable, refuses unknown keys, takes help text from the strings under its fields."""
+    """Immutable, without unknown keys; the strings under the fields are the flags' help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -172,7 +172,7 @@ class DeadCodesConfig(Config):
     """Codes that no sample is nearest to, and their repair (docs/spec/codebook.md 4.1)."""
 
     enabled: bool = False
-    """Whether they are given new places."""
+    """Whether they are moved to features that no code is near."""
     window_samples_per_code: PositiveInt = 20
     """Samples of each modality in a window, per code."""
     min_rel_hits: Annotated[float, Ge(0), Le(1)] = 0.01

@@ -165,7 +165,7 @@ class TextTower(nn.Module):
         return self.backbone.get_input_embeddings().weight
 
     def forward(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T W"]:
-        """State of each token; where tokens see only what stands before, the last one's takes the first place."""
+        """State of each token; where a token sees only those before it, the last one's state is put first."""
         if len(ids) == 0:
             return self(ids.new_zeros(1, ids.shape[1]), mask.new_ones(1, ids.shape[1]))[:0]
         # BERT takes the table of who sees whom as it is; a mask of tokens it would first read back from the device.

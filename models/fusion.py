@@ -53,7 +53,7 @@ class Attention(nn.Module):
     def forward(
         self, states: Float[Tensor, "B T W"], memory: KeysValues, mask: Bool[Tensor, "B 1 1 N"] | None = None
     ) -> Float[Tensor, "B T W"]:
-        """New states; `mask` is true where memory may be looked at."""
+        """New states; `mask` is true where memory may be attended to."""
         dropout = self.dropout.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
             self._split(self.query(states)), memory.keys, memory.values, attn_mask=mask, dropout_p=dropout
@@ -103,14 +103,14 @@ class LanguageHead(nn.Module):
 
 
 class FusionEncoder(nn.Module):
-    """A stack of fusion layers, with a head a term that asks for it."""
+    """A stack of fusion layers, with the heads of the terms that are on."""
 
     def __init__(self, config: EncoderConfig, width: int, image_width: int, matching: bool, language: bool) -> None:
         super().__init__()
         if width % config.text.heads:
             raise InputError(f"encoder.text.heads: {config.text.heads} does not divide the text tower's width {width}")
         self.recompute = False
-        """Whether layers run again in the backward pass in place of keeping what they computed."""
+        """Whether layers run again in the backward pass instead of keeping their activations."""
         self.layers = nn.ModuleList(FusionLayer(config, width, image_width) for _ in range(config.fusion.layers))
         self.apply(lambda module: _initialise(module, config.text.initializer_range))
         self.matching = nn.Linear(width, 2) if matching else None
@@ -124,7 +124,7 @@ class FusionEncoder(nn.Module):
     def forward(
         self, states: Float[Tensor, "B T W"], mask: Bool[Tensor, "B T"], memory: list[KeysValues]
     ) -> Float[Tensor, "B T W"]:
-        """Caption states after looking at the image."""
+        """Caption states that have attended to the image."""
         for layer, image in zip(self.layers, memory, strict=True):
             if self.recompute and torch.is_grad_enabled():
                 states = checkpoint(layer, states, mask[:, None, None, :], image, use_reentrant=False)

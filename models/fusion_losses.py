@@ -22,7 +22,7 @@ from models.masking import Masked, SpecialTokens, mask_tokens
 
 
 class Negatives(NamedTuple):
-    """For each pair a wrong image and a wrong caption among all rows, and whether there is one."""
+    """For each pair the row of a wrong image and of a wrong text among all rows, and whether there is one."""
 
     image: Int[Tensor, " B"]
     text: Int[Tensor, " B"]
@@ -31,16 +31,16 @@ class Negatives(NamedTuple):
 
 
 class FusionTargets(NamedTuple):
-    """What the samples drew for the fusion encoder's terms; None where the term is off."""
+    """What itm and mlm have to tell apart and to predict, drawn for all rows; None where the term is off."""
 
     negatives: Negatives | None
     masked: Masked | None
     hidden: tuple[int, ...] | None
-    """How many tokens of each row are hidden, where the host knows."""
+    """Hidden tokens of each row, counted on the CPU; None: not counted."""
 
 
 def needs_fusion(targets: FusionTargets) -> bool:
-    """Whether there is anything for the fusion encoder to do."""
+    """Whether any term runs the fusion encoder."""
     return targets.negatives is not None or targets.masked is not None
 
 
@@ -85,7 +85,7 @@ def fusion_sums(
     if targets.negatives is not None:
         sums["itm"] = matching_sum(model.fusion, context, memory, targets.negatives, rows)
     if targets.masked is not None:
-        masked = Masked(*(side[rows] for side in targets.masked))
+        masked = Masked(*(values[rows] for values in targets.masked))
         places = positions(masked.selected, None if targets.hidden is None else sum(targets.hidden[rows]))
         sums |= language_sums(model, teacher, context, memory, Hidden(masked, places), rows)
     return sums
@@ -116,9 +116,10 @@ def matching_sum(
 
     In this order: own pairs, (text, wrong image), (wrong text, image).
     """
-    wrong = Negatives(*(side[rows] for side in negatives))
+    wrong = Negatives(*(values[rows] for values in negatives))
     states, mask = context.student.text_tokens[rows], context.batch.mask[rows]
     if context.all_student is context.student and len(states) == len(context.batch):
+        # Every wrong image is one of these rows, whose keys and values are there already.
         wrong_memory = [layer.rows(wrong.image) for layer in memory]
     else:
         wrong_memory = fusion.image_memory(context.all_student.image_tokens[wrong.image])

@@ -1,4 +1,4 @@
-"""Encoded pictures to pixels: limits before decoding, the whole picture as evaluation and serving see it.
+"""Encoded images to pixels: limits before decoding, the whole image as evaluation and serving see it.
 
 Axes: S side of the result.
 """
@@ -22,17 +22,17 @@ _ORIENTATION = 0x0112
 
 @dataclass
 class OpenedImage:
-    """A picture whose header has been read."""
+    """An image whose header has been read."""
 
     image: Image.Image
     size: tuple[int, int]
-    """(width, height) as it is looked at, EXIF orientation applied."""
+    """(width, height) as shown, EXIF orientation applied."""
     turned: bool
     """Whether orientation swaps width and height."""
 
 
 class ImageRejected(Exception):
-    """A picture that is skipped: args are (reason, detail)."""
+    """An image that cannot be used: args are (reason, detail), `reason` being one of the skip ledger's."""
 
 
 @lru_cache(maxsize=1)
@@ -51,7 +51,7 @@ def decoding() -> Iterator[None]:
 
 
 def open_image(data: bytes, max_pixels: int, min_side: int) -> OpenedImage:
-    """Read a picture's header. Raises ImageRejected: unreadable, too_large (before anything is decoded), too_small."""
+    """Read an image's header. Raises ImageRejected: unreadable, too_large (before anything is decoded), too_small."""
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.DecompressionBombError as error:
@@ -69,26 +69,26 @@ def open_image(data: bytes, max_pixels: int, min_side: int) -> OpenedImage:
 
 def _is_turned(image: Image.Image) -> bool:
     if image.format == "PNG" and "exif" not in image.info:
-        return False  # Pillow would decode the whole picture to look behind its pixels
+        return False  # Pillow would decode the whole image to search behind its pixels
     try:
         return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    except Exception:  # damaged EXIF raises nearly anything; the picture itself is still good
+    except Exception:  # damaged EXIF raises nearly anything; the image itself is still good
         return False
 
 
 def describe_damage(error: Exception, data: bytes) -> str:
-    """What a decoder's error says of the bytes."""
+    """A decoder's error as the detail of an ImageRejected."""
     if not data:
         return "no bytes"
     if isinstance(error, UnidentifiedImageError):
-        return f"not a picture of a known format, begins with {data[:16]!r}"
+        return f"not an image of a known format, begins with {data[:16]!r}"
     return f"{type(error).__name__}: {error}"
 
 
-def decode_whole(picture: OpenedImage, out: np.ndarray) -> None:
-    """Decode and write the whole picture into `out`, uint8 (S, S, 3), exactly as serving does. Raises ImageRejected."""
+def decode_whole(opened: OpenedImage, out: np.ndarray) -> None:
+    """Decode the whole image into `out`, uint8 (S, S, 3), as evaluation and serving do. Raises ImageRejected."""
     try:
-        picture.image.load()  # raises on damage, also where a look at EXIF data would hide it
-        out[:] = resize_for_eval(picture.image, out.shape[0])
+        opened.image.load()  # raises on damage, which reading EXIF data in `to_rgb` would hide
+        out[:] = resize_for_eval(opened.image, out.shape[0])
     except Exception as error:  # decoders raise nearly anything on damaged bytes
         raise ImageRejected("unreadable", describe_damage(error, b"?")) from error

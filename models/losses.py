@@ -1,4 +1,4 @@
-"""A term's parts on this worker as (sum, count), from what a step knows of its rows; axes as in `models/batch.py`."""
+"""The terms without fusion encoder, as (sum, count) of this worker's rows; axes as in `models/batch.py`."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class MatchLogits(NamedTuple):
 def contrast_parts(
     objective: ObjectiveConfig, model: DualEncoder, context: Context
 ) -> tuple[dict[str, Part], MatchLogits | None]:
-    """All terms that need no fusion encoder, of this worker's rows, and the batch's similarities where itm asks."""
+    """All terms that need no fusion encoder, of this worker's rows, and the similarities that itm needs, if any."""
     w = objective.weights
     parts: dict[str, Part] = {}
     match_logits = None
@@ -51,7 +51,7 @@ def contrast_parts(
 
 
 def block_bytes(objective: ObjectiveConfig) -> int:
-    """Most bytes of a table of scores."""
+    """Most bytes of scores at once in lmi, code and ot."""
     return int(objective.block_mib * 2**20)
 
 
@@ -138,7 +138,7 @@ def codebook_parts(objective: ObjectiveConfig, context: Context, limit: int) -> 
     assert codes is not None
     rows = len(context.batch)
     if plan is not None and context.teacher is not None:
-        student, teacher = (Pair(side.image, side.text) for side in (context.student, context.teacher))
+        student, teacher = (Pair(branch.image, branch.text) for branch in (context.student, context.teacher))
         if "i2p" in wanted:
             sums = code_sums(student, teacher, codes, plan, config.tau, config.beta_same, limit)
             parts |= {name: Part(value, rows) for name, value in zip(TERMS["code"], sums, strict=True)}

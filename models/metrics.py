@@ -41,9 +41,10 @@ class Relevance:
         place = torch.full((self.images,), -1)
         place[rows] = torch.arange(len(rows))
         mine = place[self.owner]
-        said = torch.zeros(len(rows), len(self.owner), dtype=torch.bool)  # at most as many wordings as captions
-        said[mine[mine >= 0], self.wording[mine >= 0]] = True
-        return said[:, self.wording]
+        # Over wordings first, so that the same words under another image count; there are at most C of them.
+        has_wording = torch.zeros(len(rows), len(self.owner), dtype=torch.bool)
+        has_wording[mine[mine >= 0], self.wording[mine >= 0]] = True
+        return has_wording[:, self.wording]
 
     def of_captions(self, rows: Int[Tensor, " Q"]) -> Bool[Tensor, "Q I"]:
         """True where an image has the caption of the row."""
@@ -51,13 +52,13 @@ class Relevance:
         place = torch.full((len(self.owner),), -1)
         place[wordings] = torch.arange(len(wordings))
         mine = place[self.wording]
-        seen = torch.zeros(len(wordings), self.images, dtype=torch.bool)
-        seen[mine[mine >= 0], self.owner[mine >= 0]] = True
-        return seen[which]
+        has_image = torch.zeros(len(wordings), self.images, dtype=torch.bool)
+        has_image[mine[mine >= 0], self.owner[mine >= 0]] = True
+        return has_image[which]
 
 
 def best_ranks(scores: Float[Tensor, "Q G"], relevant: Bool[Tensor, "Q G"]) -> Int[Tensor, " Q"]:
-    """Place (0 = first) of the best relevant item of each row.
+    """Rank (0 = first) of the best relevant item of each row.
 
     A tie counts against it, and so does NaN, so that a collapsed model scores nothing; a row without a relevant item
     misses at every depth.
@@ -84,7 +85,7 @@ def retrieval_recall(
     owners: Sequence[int] | Int[Tensor, " C"],
     caption_id: Int[Tensor, " C"] | None = None,
 ) -> dict[str, float]:
-    """Recall both ways from full score matrices: text retrieval asks with images, image retrieval with captions.
+    """Recall both ways from full score matrices: images find texts (text retrieval), captions find images.
 
     `owners` is the image of each caption; captions of equal `caption_id` are one caption.
     """

@@ -1,6 +1,6 @@
-"""The last step of preprocessing, on the model's device: bytes of a picture to what a tower takes.
+"""The last step of preprocessing, on the model's device: uint8 pixels to what a tower takes.
 
-Axes: B pictures, S side.
+Apart from `models/preprocess.py`, which a gateway imports without torch. Axes: B images, S side.
 """
 
 import torch

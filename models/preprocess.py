@@ -58,7 +58,7 @@ def clean_question(text: str, max_words: int) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright 8-bit RGB picture: EXIF orientation applied, transparency over white, deep greys scaled to 8 bits."""
+    """An upright 8-bit RGB image: EXIF orientation applied, transparency over white, deep greys scaled to 8 bits."""
     orientation = _orientation(image)
     rgb = image
     if image.mode.startswith(("I", "F")):
@@ -71,21 +71,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if orientation in _TRANSPOSE:
         rgb = rgb.transpose(_TRANSPOSE[orientation])
     if rgb is not image:
-        rgb.info = {}  # a second call must not turn it again
+        rgb.info = {}  # its EXIF orientation is applied: a second call must not turn it again
     return rgb
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except (
-        Exception
-    ):  # damaged EXIF raises nearly anything; the picture itself is still good, and upright as far as we know
+    except Exception:  # damaged EXIF raises nearly anything; the image is still good, and taken to be upright
         return 1
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Integer modes hold 16-bit greys; floats are 0..1, or 0..255 where any is larger."""
+    """8-bit greys of modes that have more: integers are 16-bit, floats are 0..1, or 0..255 where any is larger."""
     levels = np.nan_to_num(np.asarray(image).astype(np.float64))
     if image.mode.startswith("I"):
         levels = levels / 257
@@ -95,12 +93,12 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
 
 def resize_for_eval(image: Image.Image, size: int) -> np.ndarray:
-    """The whole picture as uint8 (size, size, 3): bicubic, the aspect is not kept."""
+    """The whole image as uint8 (size, size, 3): bicubic, the aspect is not kept."""
     return np.array(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
 class PreprocessorConfig(Config):
-    """How pictures and captions become model inputs; `preprocessor_config.json` in a package."""
+    """How images and captions become model inputs; `preprocessor_config.json` in a package."""
 
     image_size: PositiveInt = 32
     """Side of the square input, pixels."""

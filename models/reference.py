@@ -64,9 +64,9 @@ def reference_name(name: str, fusion_layer: int) -> str:
         return _FIXED[name]
     fusion = re.match(r"^fusion\.layers\.(\d+)\.(.+)\.(\w+)$", name)
     if fusion:
-        layer, place, leaf = int(fusion[1]) + fusion_layer, fusion[2], fusion[3]
-        prefix = next(p for p in _FUSION if place == p or place.startswith(f"{p}."))
-        return f"text_encoder.bert.encoder.layer.{layer}.{_FUSION[prefix]}{place[len(prefix) :]}.{leaf}"
+        layer, module, leaf = int(fusion[1]) + fusion_layer, fusion[2], fusion[3]
+        prefix = next(p for p in _FUSION if module == p or module.startswith(f"{p}."))
+        return f"text_encoder.bert.encoder.layer.{layer}.{_FUSION[prefix]}{module[len(prefix) :]}.{leaf}"
     for pattern, replacement in _RULES:
         renamed, count = re.subn(pattern, replacement, name)
         if count:
@@ -150,7 +150,7 @@ def _load_branch(state: dict[str, Tensor], module: nn.Module, fusion_layer: int)
 
 
 def _load_queue(state: dict[str, Tensor], queue: FeatureQueue) -> list[str]:
-    """The file's queue, where it has one of our length; identities it does not know are nobody's (-100)."""
+    """The file's queue, where it has one of our length; identities that it lacks become -100, which no sample has."""
     queue.image_id.fill_(-100)
     missing = [name for name in ("image_queue", "text_queue", "queue_ptr", "idx_queue") if name not in state]
     if missing in ([], ["idx_queue"]) and state["image_queue"].shape[1] == len(queue.image):

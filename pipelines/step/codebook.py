@@ -37,7 +37,7 @@ def init_codes(
 def assign_codes(
     state: TrainState, teacher: Features, everyone: Peers, settings: StepSettings, schedule: ScheduleState
 ) -> TransportPlan | None:
-    """The step's assignment of samples to codes, shared by all workers; None where no term asks for it."""
+    """The step's assignment of samples to codes, shared by all workers; None where no term needs it."""
     codebook, objective = state.model.codebook, settings.objective
     if codebook is None or not assigns(objective) or schedule.ramp == 0:
         return None
@@ -52,7 +52,7 @@ def _problem(state: TrainState, teacher: Features, everyone: Peers, settings: St
 
 @torch.no_grad()
 def count_usage(state: TrainState, context: Context) -> None:
-    """Note which code is nearest to each student feature."""
+    """Count which code is nearest to each student feature."""
     if state.usage is not None and context.codes is not None:
         state.usage.count(context.student.image @ context.codes.T, context.student.text @ context.codes.T)
 
@@ -93,9 +93,10 @@ def _target_metrics(
 
 @torch.no_grad()
 def repair_dead_codes(state: TrainState, settings: StepSettings, step: int) -> int:
-    """Move the emptiest dead codes to badly covered features of the queue (docs/spec/codebook.md 4.1); says how many.
+    """Move dead codes, the emptiest first, to badly covered features of the queue (docs/spec/codebook.md 4.1).
 
-    Every worker does the same from its equal queue and a generator seeded by run and step, without exchange.
+    Every worker does the same from its equal queue and a generator seeded by run and step, without exchange. Returns
+    how many were moved.
     """
     codebook, usage, queue, config = state.model.codebook, state.usage, state.queue, settings.objective.codebook
     if codebook is None or usage is None or queue is None:
@@ -115,7 +116,7 @@ def repair_dead_codes(state: TrainState, settings: StepSettings, step: int) -> i
 
 @torch.no_grad()
 def place_codes(state: TrainState, places: Tensor, rows: Tensor) -> None:
-    """Set some codes, and forget what the optimiser remembers of the old ones."""
+    """Set the codes of rows `places`, and clear the optimiser's averages of the old ones."""
     assert state.model.codebook is not None
     weight = state.model.codebook.weight
     places = places.to(weight.device)

@@ -27,7 +27,7 @@ class TeacherView(NamedTuple):
     keys: tuple[Tensor, Tensor]
     """Vectors (image, text) of all rows that are candidates."""
     locals: Locals | None
-    """Local parts of the same rows, where lmi asks for them."""
+    """Local parts of the same rows; None without lmi."""
 
 
 def build_context(

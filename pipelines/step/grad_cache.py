@@ -72,6 +72,7 @@ def backward_through_towers(
 
 
 def backward_from(features: Features, gradients: dict[str, Tensor]) -> None:
+    """Run `gradients`, by the features' field names, back to the parameters."""
     outputs = [getattr(features, name) for name in gradients]
     torch.autograd.backward(
         outputs, [gradient.to(output.dtype) for output, gradient in zip(outputs, gradients.values(), strict=True)]
@@ -85,7 +86,7 @@ def _generators(device: torch.device) -> list[Tensor]:
 
 @contextmanager
 def _replayed(generators: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Random numbers as they were, and afterwards as if nothing had been drawn."""
+    """The generators at the given state inside, and as they were before afterwards: dropout repeats its masks."""
     with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
         torch.set_rng_state(generators[0])
         if device.type == "cuda":

@@ -20,12 +20,12 @@ class Peers:
 
     @classmethod
     def exchange_counts(cls, workers: Workers, rows: int) -> "Peers":
-        """Tell each other how many rows there are."""
+        """Exchange how many rows each worker has in this step."""
         return cls(workers, workers.row_counts(rows))
 
     @property
     def offset(self) -> int:
-        """Place of this worker's first row among all rows."""
+        """Index of this worker's first row among all rows."""
         return sum(self.counts[: self.workers.rank])
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -65,6 +65,7 @@ def leaf_gradients(context: Context, workers: Workers) -> dict[str, Tensor]:
     for name, leaf in context.student._asdict().items():
         everyone, gradient = getattr(context.all_student, name), leaf.grad
         if everyone is not leaf:
+            # Each worker's terms read all rows: the gradient in one of them is the sum of all workers' gradients.
             shared = everyone.grad if everyone.grad is not None else torch.zeros_like(everyone)
             mine = workers.all_reduce_sum(shared)[context.offset : context.offset + len(leaf)]
             gradient = mine if gradient is None else gradient + mine

@@ -58,7 +58,7 @@ class StepResult(NamedTuple):
 
 
 def make_state(model: DualEncoder, objective: ObjectiveConfig, optimizer: torch.optim.AdamW) -> TrainState:
-    """Teacher, queue and usage counts beside a model, where the objective looks at them."""
+    """Teacher, queue and usage counts beside a model, each where the objective needs it."""
     language = objective.weights.mlm > 0 and objective.alpha > 0
     state = TrainState(model, None, None, optimizer)
     if needs_teacher(objective):

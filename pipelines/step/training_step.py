@@ -1,8 +1,8 @@
 """One optimisation step in plain PyTorch: forward, teacher, terms, backward, one all-reduce, update, enqueue.
 
-The loss is taken on detached features ("leaves"), whose gradients then go back through the towers: so what other
-workers contribute to a feature's gradient is added between the two, in the open, and autograd hides no collective;
-and the towers may take their rows a chunk at a time.
+The loss is computed on detached features ("leaves"), whose gradients then go back through the towers. Between the two,
+other workers' share of a feature's gradient is added by an ordinary all-reduce, so that autograd hides no collective;
+and the towers may take their rows a chunk at a time (GradCache). Why no DistributedDataParallel: docs/decisions.
 """
 
 from typing import NamedTuple
@@ -26,13 +26,16 @@ from pipelines.step.state import StepResult, StepSettings, TrainState, autocast
 
 
 class LossOutcome(NamedTuple):
-    """What a loss leaves besides gradients."""
+    """What `loss_and_gradients` returns besides the gradients."""
 
     means: dict[str, Tensor]
     """Mean of each part over the global batch."""
     queue_rows: QueueRows | None
+    """What is to be enqueued after the update."""
     metrics: dict[str, Tensor]
+    """As in `StepResult`."""
     finite: Tensor
+    """As in `StepResult`."""
 
 
 def training_step(
@@ -54,7 +57,7 @@ def training_step(
             metrics["grad/codebook"] = codebook.weight.grad.norm()
         if schedule.frozen:  # before clipping, so that standing codes do not shorten the encoders' step
             codebook.weight.grad = None
-    limit = settings.clip_norm or float("inf")
+    limit = settings.clip_norm or float("inf")  # the norm is computed in any case, for the log
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
     state.optimizer.step()
     if codebook is not None:
@@ -76,11 +79,13 @@ def loss_and_gradients(
     """Mean of each part over the global batch; this worker's share of the loss's gradient goes to `grad`."""
     objective, model = settings.objective, state.model
     clamp_temperature(model, objective)
+    # The order is the reference's: student, then the teacher's update, then the teacher sees the second view.
     encoded = encode_all(model, batch.view1, batch, settings)
     if state.teacher is not None:
         update_teacher(state.teacher, model, objective.teacher.momentum)
     context, queue_rows = build_context(state, encoded.features, batch, settings, schedule, workers)
     means, finite = backward_to_leaves(state, context, settings, workers)
+    # With `negatives: local` nothing was gathered, so nothing of a feature's gradient is elsewhere.
     gradients = leaf_gradients(context, workers if objective.negatives == "global" else SoloWorkers())
     backward_through_towers(model, batch, encoded, gradients, settings)
     count_usage(state, context)
@@ -107,7 +112,7 @@ def backward_to_leaves(
     scales = {name: weights[name] / count.clamp(min=1) for name, count in counts.items()}
     sums = {name: part.sum for name, part in parts.items()}
     if sums:
-        _backward(sums, scales)
+        _backward(sums, scales)  # now, so that these terms' graphs are freed before the fusion encoder runs
     sums = {name: sums[name].detach() if name in sums else torch.zeros((), device=device) for name in weights}
     for chunk in chunk_rows(rows, settings.chunk) if rows and needs_fusion(targets) else ():
         with autocast(settings, device):

@@ -30,7 +30,7 @@ _ERRORS: dict[int, tuple[str, str, str, str | None]] = {
     400: (
         "A text or picture that cannot be used, or a wish that this service does not grant.",
         "image_unreadable",
-        "input[1]: not a picture of a known format, begins with b'hello'",
+        "input[1]: not an image of a known format, begins with b'hello'",
         "input[1]",
     ),
     401: ("No key, or nobody's.", "invalid_api_key", "a key is needed: send Authorization: Bearer KEY", None),

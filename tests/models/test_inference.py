@@ -21,7 +21,7 @@ def package(tmp_path_factory):
     return save_small(tmp_path_factory.mktemp("package") / "p", matching=True)
 
 
-def pictures(count: int, side: int = 16) -> np.ndarray:
+def images(count: int, side: int = 16) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
@@ -42,8 +42,8 @@ def test_texts_of_any_length_in_any_batch_have_the_evaluated_vectors(package):
     assert np.abs(inference.embed_texts(package, rows) - evaluated_texts(package)).max() < 1e-5
 
 
-def test_pictures_have_the_evaluated_vectors(package):
-    pixels = pictures(5)
+def test_images_have_the_evaluated_vectors(package):
+    pixels = images(5)
     with torch.inference_mode():
         states = [package.model.encode_image(normalize(torch.from_numpy(one[None]))) for one in pixels]
         expected = np.stack([package.model.project_image(one[:, 0])[0].numpy() for one in states])
@@ -51,12 +51,12 @@ def test_pictures_have_the_evaluated_vectors(package):
 
 
 def test_matching_is_each_pairs_own(package):
-    pixels = pictures(3)
+    pixels = images(3)
     rows = package.tokenizer.encode_rows(TEXTS[:4], package.preprocessor.max_tokens)
-    pairs = [(text, picture) for text in range(4) for picture in range(3)] * 7  # more than one pass
+    pairs = [(text, image) for text in range(4) for image in range(3)] * 7  # more than one pass
     together = inference.match(package, rows, pixels, pairs)
-    for (text, picture), probability in list(zip(pairs, together, strict=True))[:12]:
-        alone = inference.match(package, [rows[text]], pixels[picture : picture + 1], [(0, 0)])
+    for (text, image), probability in list(zip(pairs, together, strict=True))[:12]:
+        alone = inference.match(package, [rows[text]], pixels[image : image + 1], [(0, 0)])
         assert probability == pytest.approx(float(alone[0]), abs=1e-5)
     assert together.std() > 1e-4 and ((together > 0) & (together < 1)).all()
 
@@ -75,8 +75,8 @@ def test_replicas_unpack_what_gateways_send(tmp_path, monkeypatch):
     package = save_small(tmp_path / "p", matching=True)
     rows = package.tokenizer.encode_rows(TEXTS[:4], package.preprocessor.max_tokens)
     lengths = np.array([len(row) for row in rows], np.int32)
-    pixels = pictures(3)
-    (tmp_path / "picture.png").write_bytes(png(pixels[2]))
+    pixels = images(3)
+    (tmp_path / "image.png").write_bytes(png(pixels[2]))
     monkeypatch.setattr("serving.model_source.read_image", lambda uri: read(tmp_path / uri))
 
     async def run():
@@ -85,7 +85,7 @@ def test_replicas_unpack_what_gateways_send(tmp_path, monkeypatch):
         images, _ = await replica(ImageEncoder, package, tmp_path / "p").encode(pixels)
         assert np.abs(images - inference.embed_images(package, pixels)).max() < 1e-6
         matcher = replica(Matcher, package, tmp_path / "p", 10_000)
-        shown = [pixels[0], "picture.png", "not-there.png"]
+        shown = [pixels[0], "image.png", "not-there.png"]
         found = await matcher.match(TEXTS[:2], shown, [(0, 0), (1, 2), (1, 1)])
         expected = inference.match(package, rows[:2], pixels[[0, 2]], [(0, 0), (1, 1)])
         assert found[1] is None and [found[0], found[2]] == pytest.approx(expected.tolist(), abs=1e-5)

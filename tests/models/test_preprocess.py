@@ -171,20 +171,20 @@ def test_exif_orientation_is_applied_once(orientation):
     exif[0x0112] = orientation
     buffer = io.BytesIO()
     Image.fromarray(corners).save(buffer, "JPEG", quality=95, exif=exif)
-    picture = Image.open(io.BytesIO(buffer.getvalue()))
-    expected = np.asarray(ImageOps.exif_transpose(picture))
-    once = to_rgb(picture)
+    image = Image.open(io.BytesIO(buffer.getvalue()))
+    expected = np.asarray(ImageOps.exif_transpose(image))
+    once = to_rgb(image)
     assert np.array_equal(np.asarray(once), expected)
     assert np.array_equal(np.asarray(to_rgb(once)), expected)
 
 
-def test_damaged_exif_does_not_cost_the_picture():
+def test_damaged_exif_does_not_cost_the_image():
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (9, 8, 7)).save(buffer, "PNG", exif=b"Exif\x00\x00garbage that is no TIFF")
     assert to_rgb(Image.open(io.BytesIO(buffer.getvalue()))).size == (8, 8)
 
 
-def test_evaluation_resize_takes_the_whole_picture():
+def test_evaluation_resize_takes_the_whole_image():
     left_red = np.zeros((10, 40, 3), np.uint8)
     left_red[:, :20, 0] = 255
     resized = resize_for_eval(Image.fromarray(left_red), 8)

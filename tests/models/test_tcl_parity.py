@@ -224,8 +224,8 @@ def test_two_stage_evaluation():
     state, _, _ = golden.make_reference_state()
     model = state.model.eval()
     ids, mask = golden.TENSORS["eval.in.caption_ids"], golden.TENSORS["eval.in.caption_mask"].bool()
-    pictures = re.findall(r"step(\d+)\.in\.image", golden.EXPECTED["eval"]["images"])
-    pixels = torch.cat([golden.step_input(int(step), "image").float() for step in pictures])
+    image_steps = re.findall(r"step(\d+)\.in\.image", golden.EXPECTED["eval"]["images"])
+    pixels = torch.cat([golden.step_input(int(step), "image").float() for step in image_steps])
     with torch.no_grad():
         image, text = model.encode_image(pixels), model.encode_text(ids, mask)
         scores = two_stage_scores(

@@ -46,7 +46,7 @@ def objective(preset: str, **changes) -> ObjectiveConfig:
 
 
 def batch(rows: int, seed: int = 0, tokens: int = 6, dtype: torch.dtype = torch.float64) -> Batch:
-    """Random pairs with captions of 1 to `tokens` tokens; every third picture and every fourth caption comes twice."""
+    """Random pairs with captions of 1 to `tokens` tokens; every third image and every fourth caption comes twice."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(2, rows, 3, IMAGE, IMAGE, generator=generator, dtype=torch.float64).to(dtype)
     ids = torch.randint(5, TOKENS.vocab_size, (rows, tokens), generator=generator)

@@ -202,7 +202,7 @@ def png_claiming(width, height):
 
 
 BAD = {
-    "text": (b"<!DOCTYPE html><html></html>", "unreadable", "not a picture"),
+    "text": (b"<!DOCTYPE html><html></html>", "unreadable", "not an image"),
     "empty": (b"", "unreadable", "no bytes"),
     "half a jpeg": (jpeg(1, 200, 200)[:2000], "unreadable", "OSError"),
     "half a png": (encoded(gradient(), "PNG")[:-60], "unreadable", ""),
@@ -211,7 +211,7 @@ BAD = {
     "large": (png_claiming(10_000, 10_000), "too_large", "10000 x 10000 pixels, more than"),
     "small": (jpeg(1, 1, 1), "too_small", "1 x 1 pixels"),
     "narrow": (jpeg(1, 300, 3), "too_small", "300 x 3 pixels"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unreadable", "not a picture"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unreadable", "not an image"),
 }
 
 

@@ -90,7 +90,7 @@ def test_batches_are_full_in_plan_order_and_balance_with_the_ledger(mixed, tmp_p
     assert read_ledger(str(tmp_path / "out" / "skipped.parquet")) == skipped
     row = next(r for r in skipped.to_pylist() if r["id"] == "key105")
     assert row["uri"].endswith("b.tar#key105.jpg") and row["sample_id"] == f"{row['unit']}-{row['ordinal']}"
-    assert row["epoch"] == 2 and "not a picture" in row["detail"]
+    assert row["epoch"] == 2 and "not an image" in row["detail"]
 
 
 def test_places_say_how_far_a_group_has_come(mixed):
