@@ -7,7 +7,7 @@ order in which they are summed (tests/benchmarks/test_step.py). On a GPU each bo
 
     towers     student's image and text tower with projections, forward and backward
     teacher    its towers forward, and the moving average
-    contrast   cma, imc, lmi with their share of the backward pass; the teacher's local parts; who is whose negative
+    contrast   cma, imc, lmi with their share of the backward pass; the teacher's local parts; which rows are negatives
     codebook   assignment, code, ot, koleo with their backward, usage counts, renormalisation
     matching   hard negatives, fusion passes of itm, backward
     language   masks, text towers and fusion encoders over masked captions (student and teacher), backward
@@ -94,14 +94,14 @@ class Stopwatch:
             self._running.pop()
 
     def charge(self) -> None:
-        """Note the time since the last note."""
-        moment = now(self._device)
-        self.seconds[self._running[-1]] += moment - self._since
-        self._since = moment
+        """Add the time since the last call to the part that is running."""
+        current = now(self._device)
+        self.seconds[self._running[-1]] += current - self._since
+        self._since = current
 
 
 def now(device: torch.device) -> float:
-    """Seconds; all that was asked of the device is done."""
+    """Seconds of the clock, once the device has finished all that was queued on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -110,18 +110,18 @@ def now(device: torch.device) -> float:
 class SharedMemory:
     """The images' keys and values that matching and language share, as leaves between forward and backward."""
 
-    def __init__(self, watch: Stopwatch) -> None:
-        self._watch = watch
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
         self._make = FusionEncoder.image_memory
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def image_memory(self, fusion: FusionEncoder, tokens: Tensor) -> list[KeysValues]:
         """In place of `FusionEncoder.image_memory`; inside a part it is that part's own and is not cut."""
-        if not self._watch.idle:
+        if not self._stopwatch.idle:
             return self._make(fusion, tokens)
-        with self._watch.part("memory"):
+        with self._stopwatch.part("memory"):
             made = self._make(fusion, tokens)
-            leaves = [KeysValues(*(side.detach().requires_grad_() for side in layer)) for layer in made]
+            leaves = [KeysValues(*(tensor.detach().requires_grad_() for tensor in layer)) for layer in made]
             self._pairs = [pair for both in zip(made, leaves, strict=True) for pair in zip(*both, strict=True)]
         return leaves
 
@@ -129,42 +129,42 @@ class SharedMemory:
         """Take the leaves' gradients on, if there are any."""
         pairs, self._pairs = self._pairs, []
         if pairs:
-            with self._watch.part("memory"):
+            with self._stopwatch.part("memory"):
                 torch.autograd.backward([made for made, _ in pairs], [leaf.grad for _, leaf in pairs])
 
 
 @contextmanager
 def split(device: torch.device) -> Iterator[dict[str, float]]:
     """While the block runs, a training step's seconds are added up by part; complete when the block has ended."""
-    watch = Stopwatch(device)
-    memory, backward = SharedMemory(watch), pipelines.step.training_step._backward
+    stopwatch = Stopwatch(device)
+    memory, backward = SharedMemory(stopwatch), pipelines.step.training_step._backward
 
     def backward_by_part(sums: dict[str, Tensor], scales: dict[str, Tensor]) -> None:
         for part in dict.fromkeys(PART_OF_TERM.values()):
             names = [name for term, of in PART_OF_TERM.items() if of == part for name in TERMS[term]]
             mine = {name: sums[name] for name in names if name in sums}
             if mine:
-                with watch.part(part):
+                with stopwatch.part(part):
                     backward(mine, scales)
         memory.backward()
 
     with ExitStack() as stack:
-        for place, name, part in WRAPPED:
-            stack.enter_context(patch.object(place, name, _charged(getattr(place, name), watch, part)))
+        for owner, name, part in WRAPPED:
+            stack.enter_context(patch.object(owner, name, _charged(getattr(owner, name), stopwatch, part)))
         stack.enter_context(patch.object(pipelines.step.training_step, "_backward", backward_by_part))
         stack.enter_context(
             patch.object(FusionEncoder, "image_memory", lambda fusion, tokens: memory.image_memory(fusion, tokens))
         )
-        watch.charge()
-        watch.seconds.update(dict.fromkeys(PARTS, 0.0))
-        yield watch.seconds
-        watch.charge()
+        stopwatch.charge()
+        stopwatch.seconds.update(dict.fromkeys(PARTS, 0.0))
+        yield stopwatch.seconds
+        stopwatch.charge()
 
 
-def _charged(function: Callable[..., Any], watch: Stopwatch, part: str) -> Callable[..., Any]:
+def _charged(function: Callable[..., Any], stopwatch: Stopwatch, part: str) -> Callable[..., Any]:
     @wraps(function)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        with watch.part(part):
+        with stopwatch.part(part):
             return function(*args, **kwargs)
 
     return timed

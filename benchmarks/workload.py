@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.assignment import build_problem, queue_entries, solve
 from models.batch import Batch
 from models.codebook import Codebook, Pair, code_sums, transport_sums
-from models.codebook_metrics import CodeUsage
+from models.codebook_usage import CodeUsage
 from models.collectives import SoloWorkers
 from models.config import CodebookConfig, InputError
 from models.encoders import resolve

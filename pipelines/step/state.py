@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.codebook_metrics import CodeUsage
+from models.codebook_usage import CodeUsage
 from models.collectives import Workers
 from models.config import ObjectiveConfig
 from models.encoders import DualEncoder

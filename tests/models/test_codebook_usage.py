@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.codebook_metrics import (
+from models.codebook_usage import (
     CodeUsage,
     kappa,
     perplexity,

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.codebook_metrics import CodeUsage, code_metrics, embedding_metrics, mass_metrics, target_metrics
+from models.codebook_metrics import code_metrics, embedding_metrics, mass_metrics, target_metrics
+from models.codebook_usage import CodeUsage
 from models.collectives import SoloWorkers
 from models.config import CodebookConfig, ObjectiveConfig
 from pipelines.config import PRESETS
