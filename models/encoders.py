@@ -93,10 +93,10 @@ def _require_heads(tower: str, width: int, heads: int) -> None:
 
 
 def _positions(architecture: dict[str, Any], unlimited: int) -> int:
-    """Tokens a text backbone takes; RoBERTa and its kin number them from behind the padding row on."""
+    """Tokens a text backbone takes; RoBERTa and models like it leave the rows up to the padding token's unused."""
     rows = int(architecture.get("max_position_embeddings") or unlimited)
-    kind = architecture["model_type"]
-    numbered_late = "roberta" in kind or kind in ("camembert", "data2vec-text", "longformer", "mpnet", "xmod")
+    model = architecture["model_type"]
+    numbered_late = "roberta" in model or model in ("camembert", "data2vec-text", "longformer", "mpnet", "xmod")
     return rows - architecture["pad_token_id"] - 1 if numbered_late else rows
 
 
@@ -131,7 +131,9 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B N V"]:
         """Tokens of each image, CLS first; a backbone without CLS gets the mean of its patches there."""
-        if len(pixels) == 0:  # backbones refuse an empty batch; a worker without rows still needs the graph
+        if (
+            len(pixels) == 0
+        ):  # backbones refuse an empty batch; a worker without rows still needs its parameters in the graph
             return self(pixels.new_zeros(1, *pixels.shape[1:]))[:0]
         tokens = self.backbone(pixel_values=pixels, **self._options).last_hidden_state
         if tokens.dim() == 4:
@@ -187,16 +189,16 @@ def _looks_back(backbone: PreTrainedModel) -> bool:
 
 
 class Heads(NamedTuple):
-    """What an objective needs besides the towers and projections."""
+    """What an objective's terms need besides the towers and projections; nothing is built that no term needs."""
 
     matching: bool = False
-    """itm's head, on a fusion encoder."""
+    """Matching head for itm, with a fusion encoder."""
     language: bool = False
-    """mlm's head, on a fusion encoder."""
+    """Masked-language head for mlm, with a fusion encoder."""
     sigmoid: bool = False
-    """Scale and bias of sigmoid cma."""
+    """Scale and bias for cma of kind sigmoid."""
     codes: int = 0
-    """Rows of the codebook."""
+    """Rows of the codebook; 0: no codebook."""
 
 
 class DualEncoder(nn.Module):

@@ -13,11 +13,10 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from models.preprocess import resize_for_eval
+from models.preprocess import orientation, resize_for_eval
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Decoders that may be run on a stranger's bytes; Pillow has others that start programs."""
-_ORIENTATION = 0x0112
 
 
 @dataclass
@@ -70,10 +69,7 @@ def open_image(data: bytes, max_pixels: int, min_side: int) -> OpenedImage:
 def _is_turned(image: Image.Image) -> bool:
     if image.format == "PNG" and "exif" not in image.info:
         return False  # Pillow would decode the whole image to search behind its pixels
-    try:
-        return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    except Exception:  # damaged EXIF raises nearly anything; the image itself is still good
-        return False
+    return orientation(image) in (5, 6, 7, 8)
 
 
 def describe_damage(error: Exception, data: bytes) -> str:

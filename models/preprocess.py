@@ -59,7 +59,7 @@ def clean_question(text: str, max_words: int) -> str:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An upright 8-bit RGB image: EXIF orientation applied, transparency over white, deep greys scaled to 8 bits."""
-    orientation = _orientation(image)
+    turn = _TRANSPOSE.get(orientation(image))
     rgb = image
     if image.mode.startswith(("I", "F")):
         rgb = _from_deep_grey(image)
@@ -68,14 +68,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgb = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     if rgb.mode != "RGB":
         rgb = rgb.convert("RGB")
-    if orientation in _TRANSPOSE:
-        rgb = rgb.transpose(_TRANSPOSE[orientation])
+    if turn is not None:
+        rgb = rgb.transpose(turn)
     if rgb is not image:
         rgb.info = {}  # its EXIF orientation is applied: a second call must not turn it again
     return rgb
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; 1 where there is none, or none that can be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF raises nearly anything; the image is still good, and taken to be upright

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CROP, COLOUR, MASK, MASK_KIND, MASK_WORD, NEGATIVE_IMAGE, NEGATIVE_TEXT, CAPTION = range(8)
-"""One stream a purpose, so that no two purposes share a number."""
+"""Streams, one for each purpose, so that no two purposes draw the same numbers."""
 
 
 def _signed(value: int) -> int:

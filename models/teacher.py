@@ -1,4 +1,4 @@
-"""The moving-average teacher and the feature queues: all the state there is beside the model and its optimiser."""
+"""The moving-average teacher and the feature queue."""
 
 import copy
 
@@ -10,7 +10,7 @@ from models.encoders import DualEncoder
 
 
 def make_teacher(student: DualEncoder, language: bool) -> DualEncoder:
-    """An equal copy without gradients; `language` keeps its fusion encoder with the masked-language head."""
+    """A copy of the student without gradients; `language`: mlm distils, so the fusion encoder and its head stay."""
     teacher = copy.deepcopy(student)
     teacher.codebook = None  # one codebook scores both (docs/spec/codebook.md 4)
     for name in ("temperature", "log_scale", "bias"):
@@ -75,7 +75,7 @@ class FeatureQueue(nn.Module):
         image_id: Int[Tensor, " N"],
         caption_id: Int[Tensor, " N"],
     ) -> None:
-        """Write N entries at the pointer, over the end and round; of more than M the last M stay."""
+        """Write N entries at the pointer, wrapping at the end; of more than M only the last M are kept."""
         size, count = len(self.image), len(image)
         if size == 0 or count == 0:
             return

@@ -115,7 +115,7 @@ class CaptionTokenizer:
 
 
 def _read_roles(tree: dict[str, Any]) -> dict[str, int] | None:
-    """Ids by role as `_with_roles` wrote them; None for anybody else's JSON."""
+    """Ids by role as `_with_roles` wrote them; None for a JSON from elsewhere."""
     special = (tree.get("post_processor") or {}).get("special_tokens")
     if not isinstance(special, dict) or "cls" not in special or not tree.get("padding"):
         return None
@@ -123,6 +123,7 @@ def _read_roles(tree: dict[str, Any]) -> dict[str, int] | None:
 
 
 def _guess_roles(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokeniser with roles for the special tokens it has, by their usual names."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     found = {role: next((name for name in names if name in vocabulary), None) for role, names in _ROLES.items()}
     if not found["cls"]:
