@@ -2,7 +2,7 @@
 
 The loss is computed on detached features ("leaves"), whose gradients then go back through the towers. Between the two,
 other workers' share of a feature's gradient is added by an ordinary all-reduce, so that autograd hides no collective;
-and the towers may take their rows a chunk at a time (GradCache). Why no DistributedDataParallel: docs/decisions.
+and the towers may take their rows a chunk at a time (GradCache). Why no DDP: docs/decisions/0002-no-ddp-wrapper.md.
 """
 
 from typing import NamedTuple
