@@ -6,6 +6,7 @@ Axes: B rows, T tokens, S image side, P samples assigned together, K codes, D wi
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -93,9 +94,10 @@ def random_batch(experiment: ExperimentConfig, rows: int, tokens: SpecialTokens)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same rows there."""
-    tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "hidden"}
-    return replace(batch, **{name: tensor.to(device) for name, tensor in tensors.items()})
+    """The same rows on `device`."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    moved: dict[str, Any] = {name: v.to(device) for name, v in values.items() if isinstance(v, torch.Tensor)}
+    return replace(batch, **moved)
 
 
 def fill(queue: FeatureQueue) -> None:
