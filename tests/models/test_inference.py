@@ -11,6 +11,7 @@ from models.config import InputError
 from models.normalize import normalize
 from models.preprocess import clean_caption
 from serving.replicas.encoders import ImageEncoder, Matcher, TextEncoder
+from tests.support.paths import ROOT
 from tests.support.serving_models import png, save_small
 
 TEXTS = [clean_caption(text) for text in ["a", "picture number seven of noise", "noise", "number 3 3 3 3 3 of 3"] * 9]
@@ -48,6 +49,12 @@ def test_images_have_the_evaluated_vectors(package):
         states = [package.model.encode_image(normalize(torch.from_numpy(one[None]))) for one in pixels]
         expected = np.stack([package.model.project_image(one[:, 0])[0].numpy() for one in states])
     assert np.abs(inference.embed_images(package, pixels) - expected).max() < 1e-5
+
+
+def test_no_other_module_projects_into_the_joint_space_than_inference_and_the_training_step():
+    sources = [path for room in ("models", "pipelines", "serving", "tuning") for path in (ROOT / room).rglob("*.py")]
+    callers = {path.relative_to(ROOT).as_posix() for path in sources if ".project_" in path.read_text()}
+    assert callers == {"models/inference.py", "pipelines/step/grad_cache.py", "pipelines/step/context.py"}
 
 
 def test_matching_is_each_pairs_own(package):
