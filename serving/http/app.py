@@ -22,7 +22,7 @@ from serving.http.fetch import Fetcher
 from serving.http.metrics import Metrics
 from serving.http.openapi import cold_app
 from serving.http.rerank import rerank
-from serving.http.responses import Header, Refusal, full, head, model_headers, not_ready
+from serving.http.responses import NO_SNIFFING, Header, Refusal, full, head, model_headers, not_modified, not_ready
 from serving.http.search import search
 from serving.http.static import PageFile, read_page
 from serving.interfaces import Broken, Desk, ModelSet, Overloaded
@@ -85,7 +85,7 @@ class Door:
         if hot is not None:
             await self._hot(hot, asked, receive, send)
         elif path in self._page and scope["method"] in ("GET", "HEAD"):
-            await self._send_page(self._page[path], asked, scope["method"] == "HEAD", send)
+            await self._send_page(self._page[path], asked, scope, send)
         else:
             await self._cold_path(path, asked, scope, receive, send)
 
@@ -182,10 +182,11 @@ class Door:
         _log.error("request %s failed", request_id, exc_info=error)
         return Refusal(500, "internal_error", f"the service failed; its log has request {request_id}")
 
-    async def _send_page(self, file: PageFile, asked: Head, only_head: bool, send: Send) -> None:
+    async def _send_page(self, file: PageFile, asked: Head, scope: Scope, send: Send) -> None:
         headers = [*file.headers, *self._labels(), (b"x-request-id", asked.request_id)]
-        await send(head(200, len(file.content), headers, file.kind))
-        await send({"type": "http.response.body", "body": b"" if only_head else file.content})
+        cached = file.is_cached(scope["headers"])
+        await send(not_modified(headers) if cached else head(200, len(file.content), headers, file.kind))
+        await send({"type": "http.response.body", "body": b"" if cached or scope["method"] == "HEAD" else file.content})
 
     async def _cold_path(self, path: str, asked: Head, scope: Scope, receive: Receive, send: Send) -> None:
         extra = [*self._labels(), (b"x-request-id", asked.request_id)]
@@ -195,7 +196,7 @@ class Door:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message["headers"] = [*message["headers"], *extra, (b"x-content-type-options", b"nosniff")]
+                message["headers"] = [*message["headers"], *extra, NO_SNIFFING]
             await send(message)
 
         try:

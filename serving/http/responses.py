@@ -9,6 +9,7 @@ import orjson
 from serving.interfaces import Description
 
 Header = tuple[bytes, bytes]
+NO_SNIFFING: Header = (b"x-content-type-options", b"nosniff")
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
 
@@ -58,6 +59,11 @@ def model_headers(description: Description) -> list[Header]:
     ]
 
 
+def not_modified(headers: Iterable[Header]) -> MutableMapping[str, Any]:
+    """The first ASGI message of a 304. It has no length: uvicorn takes one as a promise of so many bytes."""
+    return {"type": "http.response.start", "status": 304, "headers": [NO_SNIFFING, *headers]}
+
+
 def head(
     status: int, length: int, headers: Iterable[Header], content_type: bytes = b"application/json"
 ) -> MutableMapping[str, Any]:
@@ -65,7 +71,7 @@ def head(
     own = [
         (b"content-type", content_type),
         (b"content-length", b"%d" % length),
-        (b"x-content-type-options", b"nosniff"),
+        NO_SNIFFING,
         *headers,
     ]
     return {"type": "http.response.start", "status": status, "headers": own}
