@@ -5,7 +5,7 @@ Torch is imported where weights are: processes that only look where a model is s
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from models.config import PACKAGE_FORMAT, InputError
 from pipelines import storage
 from pipelines.config import ExperimentConfig
+from pipelines.evaluation.recall_table import mean_recall
 from pipelines.tracking.registry import SPACE, Registry, Version
 
 if TYPE_CHECKING:
@@ -32,15 +33,9 @@ class Listed(NamedTuple):
     metrics: dict[str, float]
 
     @property
-    def recall(self) -> float:
-        """What "best" means: the mean of first-stage recall@1 both ways."""
+    def recall(self) -> float | None:
+        """What "best" means: the mean of first-stage recall@1 both ways; None where it was not measured."""
         return mean_recall(self.metrics)
-
-
-def mean_recall(metrics: dict[str, float]) -> float:
-    """Mean of first-stage recall@1 both ways; below any recall where it was not measured."""
-    names = ("val/image_retrieval_recall_at_1", "val/text_retrieval_recall_at_1")
-    return sum(metrics.get(name, -1.0) for name in names) / 2
 
 
 def listed_checkpoints(run: str) -> list[Listed]:
@@ -61,11 +56,20 @@ def listed_checkpoints(run: str) -> list[Listed]:
 
 
 def best_checkpoint(run: str) -> Listed:
-    """The checkpoint with the highest recall; raises InputError where the run has none."""
+    """The checkpoint with the highest recall; raises InputError where the run has none with a recall."""
     checkpoints = listed_checkpoints(run)
     if not checkpoints:
         raise InputError(f"{run}: the run has no checkpoint yet; let it train, or continue it with --resume")
-    return max(checkpoints, key=lambda listed: listed.recall)
+    best = best_of(checkpoints)
+    if best is None:
+        raise InputError(f"{run}: none of the run's checkpoints has a recall; name the one that is meant by its folder")
+    return best
+
+
+def best_of(checkpoints: Sequence[Listed]) -> Listed | None:
+    """The one with the highest recall, of equals the first; None where none has a recall."""
+    measured = [(recall, listed) for listed in checkpoints if (recall := listed.recall) is not None]
+    return max(measured, key=lambda pair: pair[0])[1] if measured else None
 
 
 @contextmanager

@@ -1,4 +1,22 @@
-"""Recall as the command line shows it."""
+"""Recall: the one number that models are chosen by, and all of it as the command line shows it."""
+
+import math
+from collections.abc import Mapping
+
+MEAN_RECALL = "val/recall_at_1_mean"
+"""Mean of both sides' recall at 1 on the fixed validation sample, as it is measured while a model trains."""
+_SIDES = ("val/image_retrieval_recall_at_1", "val/text_retrieval_recall_at_1")
+
+
+def mean_recall(metrics: Mapping[str, float]) -> float | None:
+    """First-stage recall@1, mean of both ways: `MEAN_RECALL`, or of the two sides where only they were measured.
+
+    None where it is missing or not finite. No number stands for that: -1 would lose against everything but another -1,
+    and a comparison with NaN is false whichever way it is written, so that a check passes and `max` takes what comes
+    first. None cannot be compared at all: whoever chooses has to leave such a model out.
+    """
+    value = metrics.get(MEAN_RECALL, sum(metrics.get(side, math.nan) for side in _SIDES) / len(_SIDES))
+    return value if math.isfinite(value) else None
 
 
 def recall_table(metrics: dict[str, float]) -> str:

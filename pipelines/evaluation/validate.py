@@ -15,6 +15,7 @@ from models.sample_rng import hash64
 from pipelines.config import ExperimentConfig
 from pipelines.data.manifest import Manifest, Unit
 from pipelines.data.ray_data import PrepareSettings, eval_batches
+from pipelines.evaluation.recall_table import MEAN_RECALL
 
 BATCH = 256
 
@@ -66,7 +67,7 @@ class Validation:
         scores = recall_from_features(image[first].float(), text[kept].float(), relevance)
         metrics = {f"val/{name}": value for name, value in scores.items()}
         mean = (scores["image_retrieval_recall_at_1"] + scores["text_retrieval_recall_at_1"]) / 2
-        return metrics | {"val/recall_at_1_mean": mean, "val/pairs": float(len(image))}
+        return metrics | {MEAN_RECALL: mean, "val/pairs": float(len(image))}
 
     def _prepare(self) -> list[dict[str, np.ndarray]]:
         """Read, decode and tokenise this worker's units of the sample."""

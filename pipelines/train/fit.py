@@ -20,6 +20,7 @@ from pipelines.cluster import connect
 from pipelines.cluster.capacity import require_capacity
 from pipelines.config import ExperimentConfig
 from pipelines.evaluation.evaluate import evaluate_package
+from pipelines.evaluation.recall_table import MEAN_RECALL
 from pipelines.lineage import commit
 from pipelines.tracking.run import EXPERIMENT, Status, Tracker, flatten
 from pipelines.train.events import Event, Listener, step_line, validation_line
@@ -163,7 +164,7 @@ def _train(job: Job, run: str) -> None:
             failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=2),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=experiment.checkpoints.keep,
-                checkpoint_score_attribute="val/recall_at_1_mean",
+                checkpoint_score_attribute=MEAN_RECALL,
                 checkpoint_score_order="max",
             ),
             logging_config=LoggingConfig("ERROR"),

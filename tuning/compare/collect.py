@@ -6,7 +6,6 @@ where it can be reached, else from the list of its checkpoints.
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,10 +13,11 @@ from typing import Any
 
 from models.config import InputError
 from pipelines import storage
-from pipelines.artifacts.resolve import Listed, listed_checkpoints, read_experiment
+from pipelines.artifacts.resolve import Listed, best_of, listed_checkpoints, read_experiment
 from pipelines.config import ExperimentConfig
+from pipelines.evaluation.recall_table import mean_recall
 from pipelines.tracking.history import Histories
-from tuning.sweep.sweep_record import FILE_NAME, METRIC, Sweep, Trial, mean_recall
+from tuning.sweep.sweep_record import FILE_NAME, METRIC, Sweep, Trial
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +60,7 @@ class Compared:
     @property
     def recall(self) -> float | None:
         """First-stage recall@1, mean of both ways; None where it was not measured."""
-        return recall_of(self.metrics)
-
-
-def recall_of(metrics: Mapping[str, float]) -> float | None:
-    """First-stage recall@1, mean of both ways; None where it is missing or not a number."""
-    value = mean_recall(dict(metrics))
-    return value if math.isfinite(value) else None
+        return mean_recall(self.metrics)
 
 
 def gather(paths: Sequence[str], histories: Histories | None = None) -> list[Compared]:
@@ -137,8 +131,8 @@ def _health(run: str, metrics: Mapping[str, float], status: str) -> dict[str, fl
         return {}
     if not checkpoints:
         return {}
-    chosen = max(checkpoints, key=lambda listed: listed.recall) if status == "finished" else checkpoints[-1]
-    return {key: value for key, value in chosen.metrics.items() if key.startswith(HEALTH)}
+    chosen = best_of(checkpoints) if status == "finished" else checkpoints[-1]
+    return {key: value for key, value in chosen.metrics.items() if key.startswith(HEALTH)} if chosen else {}
 
 
 # Runs

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tuning.compare.collect import Compared, recall_of
+from pipelines.evaluation.recall_table import mean_recall
+from tuning.compare.collect import Compared
 
 Z = 1.96
 """Standard errors of a 95 % interval."""
@@ -132,7 +133,7 @@ def estimate(item: Compared, spread: float = 0.0) -> Estimate | None:
 
 def _recalls(item: Compared) -> list[float]:
     """Recall with each seed, the run's own first; empty where the run has none."""
-    found = [recall_of(metrics) for metrics in (item.metrics, *item.repeats)]
+    found = [mean_recall(metrics) for metrics in (item.metrics, *item.repeats)]
     return [value for value in found if value is not None] if found[0] is not None else []
 
 

@@ -1,8 +1,6 @@
 """Which model a promotion is about: a run that finished, or the best finished trial of a sweep."""
 
 import json
-import math
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from models.config import InputError
@@ -13,7 +11,7 @@ from pipelines.config import ExperimentConfig
 from pipelines.data.manifest import Manifest
 from pipelines.tracking.registry import Registry
 from pipelines.train.alarms import COLLAPSE
-from tuning.sweep.sweep_record import FILE_NAME, Sweep, Trial, mean_recall
+from tuning.sweep.sweep_record import FILE_NAME, Sweep, Trial, best_over_seeds
 
 
 class Candidate(NamedTuple):
@@ -69,21 +67,17 @@ def read_candidate(model: str, registry: Registry) -> Candidate:
 def best_trial(folder: str) -> Trial:
     """The finished trial of a sweep with the highest mean recall@1, of finalists the mean over their seeds.
 
-    Where finalists were repeated, only they are looked at: a single run of another trial may have been lucky. A trial
-    with an alarm of a collapsed codebook is never chosen: it agrees with itself because few codes are in use.
+    A trial with an alarm of a collapsed codebook is never chosen: it agrees with itself because few codes are in use.
     Raises InputError where there is none.
     """
     trials = Sweep.load(folder).trials
-    finished = [trial for trial in trials if trial.status == "finished" and not math.isnan(trial.recall)]
-    sound = [trial for trial in finished if not any(COLLAPSE in text for text in trial.own_alarms)]
-    if not sound:
-        why = f"{len(finished)} finished, but with a collapsed codebook" if finished else "none finished"
+    sound = [trial for trial in trials if not any(COLLAPSE in text for text in trial.own_alarms)]
+    best = best_over_seeds(sound)
+    if best is None:
+        finished = sum(trial.status == "finished" and trial.recall is not None for trial in trials)
+        why = f"{finished} finished, but with a collapsed codebook" if finished else "none finished with a recall"
         raise InputError(f"{folder}: no trial to promote; of {len(trials)} {why}")
-    return max([trial for trial in sound if trial.repeats] or sound, key=_recall_over_seeds)
-
-
-def _recall_over_seeds(trial: Trial) -> float:
-    return fmean([trial.recall, *(mean_recall(repeat.metrics) for repeat in trial.repeats)])
+    return best
 
 
 def _trial_of(run: str) -> Trial | None:

@@ -9,11 +9,12 @@ from torch import Tensor
 from models.config import InputError
 from models.package import health_vectors, load_package, load_tensors, verify_files
 from pipelines import storage
-from pipelines.artifacts.resolve import local_copy, mean_recall, registered_package
+from pipelines.artifacts.resolve import local_copy, registered_package
 from pipelines.cluster import connect
 from pipelines.config import ExperimentConfig
 from pipelines.data.manifest import build_manifest
 from pipelines.evaluation.evaluate import evaluate_package
+from pipelines.evaluation.recall_table import mean_recall
 from pipelines.tracking.registry import SPACE, Version
 from tuning.promote.candidate import Candidate
 from tuning.promote.promotion_record import Promotion
@@ -51,7 +52,9 @@ def evaluate(promotion: Promotion, candidate: Candidate, held_out: HeldOut, give
     with promotion.step("evaluate") as said, local_copy(candidate.package) as folder:
         said.append(f"on {promotion.data}" if given else f"on the run's validation data {promotion.data} (no --data)")
         promotion.metrics = held_out.score(str(folder), None)
-        said.append(f"{_shown(promotion.metrics)}; the run itself measured {mean_recall(candidate.measured):.4f}")
+        recall, own = require_recall(promotion.metrics, "candidate"), mean_recall(candidate.measured)
+        line = f"recall@1 mean {recall:.4f} +- {standard_error(promotion.metrics):.4f}"
+        said.append(line + (f"; the run itself measured {own:.4f}" if own is not None else ""))
 
 
 def verify(promotion: Promotion, candidate: Candidate, held_out: HeldOut, package: Path) -> None:
@@ -120,6 +123,7 @@ def compare(promotion: Promotion, champion: Version | None, held_out: HeldOut, a
         try:
             with registered_package(champion) as folder:
                 promotion.champion_metrics = held_out.score(str(folder))
+            theirs = require_recall(promotion.champion_metrics, "champion")
         except InputError as error:
             if not allow_worse:
                 raise InputError(f"the champion cannot be scored ({error}); --allow-worse goes on without") from error
@@ -127,7 +131,7 @@ def compare(promotion: Promotion, champion: Version | None, held_out: HeldOut, a
             said.append(f"the champion cannot be scored ({error}); allowed")
             return
         held_out.check()
-        ours, theirs = mean_recall(promotion.metrics), mean_recall(promotion.champion_metrics)
+        ours = require_recall(promotion.metrics, "candidate")
         error_of_both = sqrt(standard_error(promotion.metrics) ** 2 + standard_error(promotion.champion_metrics) ** 2)
         line = f"recall@1 mean {ours:.4f}, champion version {champion.number} {theirs:.4f}: "
         line += f"{ours - theirs:+.4f} +- {error_of_both:.4f} (standard error)"
@@ -148,5 +152,9 @@ def standard_error(metrics: dict[str, float]) -> float:
     return sqrt(variance) / 2
 
 
-def _shown(metrics: dict[str, float]) -> str:
-    return f"recall@1 mean {mean_recall(metrics):.4f} +- {standard_error(metrics):.4f}"
+def require_recall(metrics: dict[str, float], whose: str) -> float:
+    """Mean recall@1; raises InputError where there is none, for then nothing can be compared."""
+    value = mean_recall(metrics)
+    if value is None:
+        raise InputError(f"the {whose}'s recall@1 could not be measured; look at the data with `triptych data lint`")
+    return value

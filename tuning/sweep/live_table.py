@@ -44,9 +44,9 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def percent(value: float) -> str:
+def percent(value: float | None) -> str:
     """A recall; a dash where there is none."""
-    return "-" if math.isnan(value) else f"{value:.1%}"
+    return "-" if value is None else f"{value:.1%}"
 
 
 def sweep_table(sweep: Sweep, progress: Mapping[str, int]) -> Table:
@@ -79,7 +79,7 @@ def progress_line(sweep: Sweep, progress: Mapping[str, int]) -> str:
     counts = {status: sum(trial.status == status for trial in sweep.trials) for status in STYLES}
     used = sum(progress.get(trial.trial_id, trial.samples_seen) for trial in sweep.trials)
     states = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    best = max((trial.recall for trial in sweep.trials if not math.isnan(trial.recall)), default=math.nan)
+    best = max((recall for trial in sweep.trials if (recall := trial.recall) is not None), default=None)
     return f"{sweep.name}: {states}; {used:,} samples; best recall@1 so far {percent(best)}"
 
 

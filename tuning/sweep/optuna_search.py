@@ -23,7 +23,7 @@ class Suggestions(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
         domains = self.convert_search_space(tune_domains(space))
         super().__init__(domains, points_to_evaluate=[trial.overrides for trial in self._open], **settings)
         for trial in sweep.trials:
-            if trial.ended and trial.curve:
+            if trial.ended and trial.recall is not None:
                 self.add_evaluated_point(trial.overrides, trial.recall)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:

@@ -297,5 +297,5 @@ def _summary(sweep: Sweep) -> dict[str, float]:
     counts = {status: sum(trial.status == status for trial in sweep.trials) for status in MLFLOW}
     summary = {f"sweep/{status}": float(count) for status, count in counts.items()}
     summary |= {"sweep/samples_used": float(sweep.samples_used)}
-    ranked = sweep.ranked()
-    return summary | ({"sweep/best_recall": ranked[0].recall} if ranked else {})
+    best = next((trial.recall for trial in sweep.ranked()), None)
+    return summary if best is None else summary | {"sweep/best_recall": best}

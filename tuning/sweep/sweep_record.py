@@ -1,6 +1,7 @@
 """`sweep.json`: what a sweep searches and how far each of its trials has come; whole at any moment."""
 
-import math
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -8,23 +9,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from models.config import InputError
 from pipelines import storage
 from pipelines.config import ExperimentConfig
+from pipelines.evaluation.recall_table import MEAN_RECALL, mean_recall
 
 FILE_NAME = "sweep.json"
-METRIC = "val/recall_at_1_mean"
-"""What trials are judged by while they train: mean of both sides' recall at 1 on the fixed validation sample."""
+METRIC = MEAN_RECALL
+"""What trials are judged by while they train."""
 REPEAT_NOTE = "repeat with seed "
 """What a trial's note on a repeat that came to nothing begins with, among its alarms."""
-_SIDES = ("val/image_retrieval_recall_at_1", "val/text_retrieval_recall_at_1")
 
 TrialStatus = Literal["pending", "running", "finished", "pruned", "failed"]
 ENDED: tuple[TrialStatus, ...] = ("finished", "pruned", "failed")
-
-
-def mean_recall(metrics: dict[str, float]) -> float:
-    """`METRIC` of a validation or of a packaged model, which has both sides only; NaN where they are missing."""
-    if METRIC in metrics:
-        return metrics[METRIC]
-    return sum(metrics.get(side, math.nan) for side in _SIDES) / len(_SIDES)
 
 
 def place_of(folder: str, trial_id: str, seed: int | None = None) -> dict[str, Any]:
@@ -78,10 +72,11 @@ class Trial(_Record):
         return self.status in ENDED
 
     @property
-    def recall(self) -> float:
-        """Its newest value of the sweep's metric; NaN where it has none."""
-        own = mean_recall(self.metrics) if self.status == "finished" else math.nan
-        return own if not math.isnan(own) else self.curve[-1][1] if self.curve else math.nan
+    def recall(self) -> float | None:
+        """Of its packaged model where it finished, else of its last validation; None where that was not measured."""
+        if self.status == "finished":
+            return mean_recall(self.metrics)
+        return mean_recall({METRIC: self.curve[-1][1]}) if self.curve else None
 
     @property
     def own_alarms(self) -> list[str]:
@@ -89,9 +84,15 @@ class Trial(_Record):
         return [text for text in self.alarms if not text.startswith(REPEAT_NOTE)]
 
     def over_seeds(self) -> list[float]:
-        """Recall of its packaged model, where it finished, and of each repeat."""
-        own = [mean_recall(self.metrics)] if self.status == "finished" else []
-        return own + [mean_recall(repeat.metrics) for repeat in self.repeats]
+        """Recall of its packaged model, where it finished, and of each repeat, as far as they were measured."""
+        own = [self.recall] if self.status == "finished" else []
+        found = own + [mean_recall(repeat.metrics) for repeat in self.repeats]
+        return [recall for recall in found if recall is not None]
+
+    @property
+    def repeated(self) -> bool:
+        """Whether it finished, and has a recall with its own seed and with others."""
+        return self.status == "finished" and self.recall is not None and len(self.over_seeds()) > 1
 
     def at(self, samples: int) -> float | None:
         """The metric at the first validation after `samples` or more; None where it has not come so far."""
@@ -175,12 +176,26 @@ class Sweep(_Record):
 
     def ranked(self) -> list[Trial]:
         """Trials that did not fail and were validated: finished ones first, then who came furthest; best first."""
-        able = [trial for trial in self.trials if trial.status != "failed" and not math.isnan(trial.recall)]
-        return sorted(able, key=lambda t: (t.status == "finished", t.samples_seen, t.recall), reverse=True)
+        able = [
+            (trial, recall)
+            for trial in self.trials
+            if trial.status != "failed" and (recall := trial.recall) is not None
+        ]
+        able.sort(key=lambda pair: (pair[0].status == "finished", pair[0].samples_seen, pair[1]), reverse=True)
+        return [trial for trial, _ in able]
 
     def best(self) -> Trial | None:
-        """The winner: by the mean over seeds among finished trials that were repeated, else the first of `ranked`."""
-        repeated = [trial for trial in self.trials if trial.status == "finished" and trial.repeats]
-        if repeated:
-            return max(repeated, key=lambda trial: sum(trial.over_seeds()) / len(trial.over_seeds()))
-        return next(iter(self.ranked()), None)
+        """The winner: of finished trials that were repeated the best over seeds, else the first of `ranked`."""
+        repeated = best_over_seeds([trial for trial in self.trials if trial.repeated])
+        return repeated or next(iter(self.ranked()), None)
+
+
+def best_over_seeds(trials: Sequence[Trial]) -> Trial | None:
+    """The finished trial with the highest mean recall over its seeds; None where none finished with a recall.
+
+    Where some were repeated, only they are looked at: a single run of another trial may have been lucky.
+    """
+    able = [trial for trial in trials if trial.status == "finished" and trial.recall is not None]
+    return max(
+        [trial for trial in able if trial.repeated] or able, key=lambda trial: fmean(trial.over_seeds()), default=None
+    )

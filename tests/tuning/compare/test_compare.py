@@ -24,7 +24,7 @@ from tests.support.comparison_cases import (
     trial,
 )
 from tests.support.mlflow_runs import run_of
-from tuning.compare.collect import Compared, gather, recall_of
+from tuning.compare.collect import Compared, gather
 from tuning.compare.compare_runs import compare_runs
 from tuning.compare.importance import at, between_groups, front, importance, level, rank_correlation
 from tuning.compare.ranking import compare, estimate, queries, seed_spread, short_names, wilson, within_error
@@ -62,13 +62,6 @@ def test_the_mean_of_two_shares_is_worth_as_many_queries_as_give_it_its_variance
     count = queries({"val/images": images, "val/captions": captions})
     assert p * (1 - p) / count == pytest.approx(variance)
     assert queries({}) == 0.0
-
-
-def test_recall_is_the_mean_of_both_ways_and_none_where_it_is_missing():
-    assert recall_of(scores(0.2, 0.4)) == pytest.approx(0.3)
-    assert recall_of({METRIC: 0.25}) == 0.25
-    for metrics in ({}, {"val/image_retrieval_recall_at_1": 0.2}, {METRIC: math.nan}):
-        assert recall_of(metrics) is None
 
 
 def test_several_seeds_give_a_mean_its_spread_and_a_smaller_error():

@@ -20,9 +20,10 @@ from mlflow.tracking import MlflowClient
 
 from models.config import InputError
 from models.package import health_vectors, load_package, load_tensors, save_tensors, write_files_json
-from pipelines.artifacts.resolve import mean_recall, package_of
+from pipelines.artifacts.resolve import package_of
 from pipelines.cluster import connect
 from pipelines.config import PRESETS
+from pipelines.evaluation.recall_table import mean_recall
 from pipelines.tracking.registry import CHAMPION, PREVIOUS, REPLACES, SPACE, Registry
 from tests.support.promotion_cases import PAIRS, evaluate_directly, make_run, write_data
 from tuning.promote import checks

@@ -218,14 +218,14 @@ def test_optuna_goes_on_with_unfinished_trials_before_it_makes_up_others_under_f
 def test_finalists_are_the_best_third_and_at_most_three():
     trials = [
         Trial(trial_id="half", status="pruned", samples_seen=3000, curve=[(3000, 0.9)]),
-        Trial(trial_id="best", status="finished", samples_seen=9000, curve=[(9000, 0.6)]),
+        Trial(trial_id="best", status="finished", samples_seen=9000, metrics={METRIC: 0.6}),
         Trial(trial_id="lost", status="failed", samples_seen=8000, curve=[(8000, 0.9)]),
-        Trial(trial_id="next", status="finished", samples_seen=9000, curve=[(9000, 0.5)]),
+        Trial(trial_id="next", status="finished", samples_seen=9000, metrics={METRIC: 0.5}),
         *(Trial(trial_id=f"t{n}", status="pruned", samples_seen=1000, curve=[(1000, n / 10)]) for n in range(5)),
     ]
     assert [trial.trial_id for trial in finalists(make_sweep(trials))] == ["best", "next", "half"]
     assert [trial.trial_id for trial in finalists(make_sweep(trials[:3]))] == ["best"]
-    many = [Trial(trial_id=f"t{n}", status="finished", samples_seen=9000, curve=[(9000, n / 99)]) for n in range(40)]
+    many = [Trial(trial_id=f"t{n}", status="finished", samples_seen=9000, metrics={METRIC: n / 99}) for n in range(40)]
     assert [trial.trial_id for trial in finalists(make_sweep(many))] == ["t39", "t38", "t37"]
 
 
