@@ -8,17 +8,22 @@ from typing import Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from models.redact import redact
+
 ConfigT = TypeVar("ConfigT", bound="Config")
 PACKAGE_FORMAT = "triptych-package-1"
 """Value of `format` in the `config.json` of a package."""
 
 
 class InputError(Exception):
-    """Something the user gave is wrong: one line that says what, where and what to do.
+    """Something the user gave is wrong: one line that says what, where and what to do; URLs in it are redacted.
 
     No ValueError, so that it passes the `except ValueError` around a parser. Pydantic's validators, which turn
     ValueErrors alone into their own kind, must not raise it.
     """
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(redact(str(text)))
 
 
 class Config(BaseModel):

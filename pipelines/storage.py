@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from models.config import InputError
+from models.redact import redact
 
 _ENVIRONMENT = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_DEFAULT_REGION", "AWS_REGION")
 _KINDS = (  # what an error's text holds, what it means, what to do; the first that fits counts
@@ -61,11 +62,6 @@ class FileInfo(NamedTuple):
     """What changes when the content does: the store's etag, or "<mtime_ns>-<size>"."""
 
 
-def redact(uri: str) -> str:
-    """The URI without user, password and query, fit for messages."""
-    return re.sub(r"://[^/@]*@", "://", uri).partition("?")[0]
-
-
 def is_outage(error: Exception) -> bool:
     """Whether the error is the store's or the network's, and not the file's."""
     return bool(re.search(r"AWS Error|NETWORK_CONNECTION|curl|[Tt]imed? ?out|[Cc]onnection|google::cloud", str(error)))
@@ -76,11 +72,11 @@ def explain(uri: str, error: Exception) -> InputError:
     text = f"Permission denied: {error}" if isinstance(error, PermissionError) else str(error)
     for pattern, meaning, remedy in _KINDS:
         if re.search(pattern, text):
-            return InputError(f"{redact(uri)}: {meaning}; {remedy}")
+            return InputError(f"{uri}: {meaning}; {remedy}")
     detail = redact(text.splitlines()[0])[:200] if text else type(error).__name__
     if is_local(uri):
         return InputError(f"{uri}: {detail}")
-    return Unavailable(f"{redact(uri)}: the store cannot be reached or fails ({detail}); check network and endpoint")
+    return Unavailable(f"{uri}: the store cannot be reached or fails ({detail}); check network and endpoint")
 
 
 @contextmanager
@@ -119,7 +115,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     rest, _, query = rest.partition("?")
     host, _, path = rest.partition("/")
     if scheme not in ("s3", "gs", "gcs") or not host:
-        raise InputError(f"{redact(uri)}: not a path that can be read; give a local path, file://, s3:// or gs://")
+        raise InputError(f"{uri}: not a path that can be read; give a local path, file://, s3:// or gs://")
     with errors_about(uri):
         root = f"{scheme}://{host}" + (f"?{query}" if query else "")
         system = _remote(root, tuple(os.environ.get(name, "") for name in _ENVIRONMENT))
@@ -177,7 +173,7 @@ def listing(uri: str) -> list[FileInfo]:
     root = uri if uri.strip("/") == "" else uri.rstrip("/")
     found = _list_s3(root) if uri.startswith("s3://") else _list_files(root)
     if not found and not uri.startswith("s3://") and not exists(uri):
-        raise InputError(f"{redact(uri)}: no such path; check the path")
+        raise InputError(f"{uri}: no such path; check the path")
     kept = [(name, info) for name, info in found if not any(part.startswith((".", "_")) for part in name.split("/"))]
     return [info for _, info in sorted(kept, key=lambda pair: pair[0])]
 
@@ -207,7 +203,7 @@ def _list_s3(root: str) -> list[tuple[str, FileInfo]]:
     if prefix:  # without neighbours whose names begin alike
         entries = [entry for entry in entries if entry["Key"] == prefix or entry["Key"].startswith(f"{prefix}/")]
         if not entries:
-            raise InputError(f"{redact(root)}: no such path; check the path")
+            raise InputError(f"{root}: no such path; check the path")
     return [
         (
             entry["Key"][len(prefix) :].lstrip("/"),
@@ -240,7 +236,7 @@ def upload(local_folder: str, uri: str) -> None:
 def download(uri: str, local_folder: str) -> None:
     """Copy all files below `uri` to below a local folder, which is made."""
     if not exists(uri):
-        raise InputError(f"{redact(uri)}: no such path; check the path")
+        raise InputError(f"{uri}: no such path; check the path")
     _copy(uri, local_folder, about=uri)
 
 

@@ -99,11 +99,11 @@ def read_document(uri: str, name: str) -> dict[str, object]:
 
     place = storage.join(uri, name)
     if not storage.exists(place):
-        raise InputError(f"{storage.redact(uri)}: {name} is not there")
+        raise InputError(f"{uri}: {name} is not there")
     try:
         document = json.loads(storage.read_bytes(place))
     except ValueError as error:
-        raise InputError(f"{storage.redact(place)}: damaged, not JSON") from error
+        raise InputError(f"{place}: damaged, not JSON") from error
     return dict(document)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.config import PACKAGE_FORMAT, InputError
+from models.redact import redact
 from pipelines import storage
 from pipelines.config import ExperimentConfig
 from pipelines.evaluation.recall_table import mean_recall
@@ -187,6 +188,7 @@ def fetch_weights(model: str) -> "dict[str, Tensor]":
 
 def model_card(package: Path, experiment: ExperimentConfig, metrics: dict[str, float], space: str) -> None:
     """Write the package's README.md: what it is, how it was trained, its scores and their protocol."""
+    trained, scored = redact(experiment.train_data), redact(experiment.val_data)
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(metrics.items()))
     (package / "README.md").write_text(
         f"# {experiment.name}\n\n"
@@ -194,7 +196,7 @@ def model_card(package: Path, experiment: ExperimentConfig, metrics: dict[str, f
         f"Images are resized to {experiment.encoder.vision.image_size} pixels square; "
         f"captions are cleaned and cut to {experiment.encoder.text.max_tokens} tokens; vectors have "
         f"{experiment.encoder.embed_dim} numbers and length 1.\n\n"
-        f"Trained on `{experiment.train_data}`. Scores on `{experiment.val_data}`: recall as fractions, first stage by "
+        f"Trained on `{trained}`. Scores on `{scored}`: recall as fractions, first stage by "
         f"cosine; `_reranked` by the fusion encoder. An image with several captions counts any of them as right.\n\n"
         f"| metric | value |\n| --- | --- |\n{rows}\n"
     )

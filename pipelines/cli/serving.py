@@ -55,7 +55,7 @@ def index(words: Sequence[str]) -> int:
     say(report.text())
     if version is not None:
         _register(options.register, report.embedding_space, out)
-        say(f"registered: {version} is served with {storage.redact(out)}")
+        say(f"registered: {version} is served with {out}")
     return DONE
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from models.config import InputError
+from models.redact import redact
 from pipelines.tracking.server import resolve_uri
 
 PATH_OPTIONS = frozenset({"--train-data", "--val-data", "--data", "--out", "--init", "--index", "--json"})
@@ -17,12 +18,19 @@ NAME_OPTIONS = frozenset(
 PASSED = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION")
 """All that a job gets of the environment: Ray's dashboard shows it to everyone, so no secret is among it."""
 TRACKED = frozenset({"train", "tune", "promote", "rollback"})
+_SECRET = re.compile(r"(?i)[?&#][^=&#]*(sig|token|secret|passw|pwd|key|credential)[^=&#]*=")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def is_loopback(url: str) -> bool:
     """Whether the URL names the machine it is used on."""
     return urlsplit(url).hostname in LOOPBACK
+
+
+def holds_secret(url: str) -> bool:
+    """Whether a URL signs somebody in: by user or password, or by a query such as a presigned URL has."""
+    url = url.replace("gs://anonymous@", "gs://")  # how public buckets are read
+    return "://" in url and (redact(url).count("***") > url.count("***") or bool(_SECRET.search(url)))
 
 
 def local_path(value: str) -> str | None:
@@ -46,7 +54,15 @@ def path_arguments(command: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def check_paths(command: Sequence[str], same_machine: bool) -> None:
-    """Refuses the paths that a job would not see; `same_machine`: whether the cluster runs on this machine alone."""
+    """Refuses the paths that a job would not see; `same_machine`: whether the cluster runs on this machine alone.
+
+    Raises InputError for them, and for a URL with a secret: Ray's dashboard shows a job's command to everyone.
+    """
+    for word in filter(holds_secret, command):
+        raise InputError(
+            f"{word}: carries a user, password or key, and Ray's dashboard shows a job's command: give the bare "
+            "address and set credentials (AWS_* for s3) on the cluster's machines"
+        )
     if not command or command[0].startswith("-"):
         return
     for name, value in path_arguments(command):
@@ -93,10 +109,10 @@ def _is_tracked(command: Sequence[str]) -> bool:
 def _check_address(name: str, value: str, same_machine: bool) -> None:
     """Raises InputError where a variable's value is a secret, or means another machine in the job than it does here."""
     parts = urlsplit(value)
-    if parts.username or parts.password:
+    if holds_secret(value):
         raise InputError(
-            f"{name} carries a user or password, and Ray's dashboard shows a job's environment: give the bare address "
-            "and set credentials (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD) on the cluster's head"
+            f"{name} carries a user, password or key, and Ray's dashboard shows a job's environment: give the bare "
+            "address and set credentials (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD) on the cluster's head"
         )
     if parts.scheme in {"http", "https"} and is_loopback(value) and not same_machine:
         raise InputError(f"{name} {value}: this machine's own address; give one that the cluster's machines reach")

@@ -22,6 +22,7 @@ from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from models.config import InputError
+from models.redact import redact
 from pipelines.cluster.job_paths import check_paths, is_loopback, job_environment
 from pipelines.lineage import COMMIT_VARIABLE, ROOT, commit
 from pipelines.tracking.server import probe, reason
@@ -61,7 +62,7 @@ def submit(command: Sequence[str], address: str = "", entrypoint: Sequence[str] 
         )
     except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
         raise InputError(f"{address}: the cluster did not take the job: {reason(error)}") from error
-    logger.info("job %s runs on %s", job, address)
+    logger.info("job %s runs on %s", job, redact(address))
     try:
         return _exit_code(_follow(client, job))
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from models.images import ImageRejected, decoding, open_image
+from models.redact import redact
 from pipelines import storage
 from pipelines.config import PairsConfig
 from pipelines.data.epoch_plan import bundle
@@ -32,7 +33,7 @@ def index_data(uri: str, pairs: PairsConfig = _PAIRS) -> dict[str, Any]:
     single = any(unit.uri == target for unit in manifest.units)
     target = f"{target}.manifest" if single else storage.join(target, FILE_NAME)
     manifest.save(target, pairs)
-    return {"manifest": storage.redact(target)} | _summary(manifest)
+    return {"manifest": redact(target)} | _summary(manifest)
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:

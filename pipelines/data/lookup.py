@@ -41,16 +41,16 @@ def _from_table(uri: str, row: int, image_column: str) -> bytes:
         parquet = pq.ParquetFile(file)
         field = _field(parquet.schema_arrow, image_column)
         if field is None:
-            raise InputError(f"{storage.redact(uri)}: no column {image_column} of pictures")
+            raise InputError(f"{uri}: no column {image_column} of pictures")
         for number in range(parquet.metadata.num_row_groups):
             rows = parquet.metadata.row_group(number).num_rows
             if row < rows:
                 image = _cell(parquet, number, row, field)
                 if not image:
-                    raise InputError(f"{storage.redact(uri)}#row={row}: no picture in this row")
+                    raise InputError(f"{uri}#row={row}: no picture in this row")
                 return image
             row -= rows
-    raise InputError(f"{storage.redact(uri)}: no such row; it has {parquet.metadata.num_rows:,}")
+    raise InputError(f"{uri}: no such row; it has {parquet.metadata.num_rows:,}")
 
 
 def _field(schema: pa.Schema, column: str) -> str | None:
@@ -80,7 +80,7 @@ def _from_archive(uri: str, member: str) -> bytes:
         info = system.get_file_info(path)
     place = _members(uri, info.size, info.mtime_ns or 0).get(member)
     if place is None:
-        raise InputError(f"{storage.redact(uri)}: no member {member} in the archive")
+        raise InputError(f"{uri}: no member {member} in the archive")
     return storage.read_bytes(uri, *place)
 
 
@@ -98,5 +98,5 @@ def _members(uri: str, _size: int, _changed: int) -> dict[str, tuple[int, int]]:
                     archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
         except tarfile.TarError as error:
             if not places:
-                raise InputError(f"{storage.redact(uri)}: not a readable tar ({error})") from error
+                raise InputError(f"{uri}: not a readable tar ({error})") from error
     return places

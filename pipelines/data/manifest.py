@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.config import InputError
+from models.redact import redact
 from pipelines import storage
 from pipelines.config import PairsConfig
 from pipelines.data.parquet import index_table
@@ -85,8 +86,8 @@ class Manifest:
             if notes.get("triptych.hash") == manifest.hash:
                 return manifest, notes.get("triptych.columns", "")
         except (pa.ArrowException, OSError, KeyError, TypeError) as error:
-            raise InputError(f"{storage.redact(uri)}: not a manifest ({error}); index the data again") from error
-        raise InputError(f"{storage.redact(uri)}: the manifest is damaged; index the data again")
+            raise InputError(f"{uri}: not a manifest ({error}); index the data again") from error
+        raise InputError(f"{uri}: the manifest is damaged; index the data again")
 
 
 def build_manifest(uri: str, pairs: PairsConfig) -> Manifest:
@@ -98,7 +99,7 @@ def build_manifest(uri: str, pairs: PairsConfig) -> Manifest:
     uri = storage.make_absolute(uri)
     files = [info for info in storage.listing(uri) if _format(info)]
     if not files:
-        raise InputError(f"{storage.redact(uri)}: no pairs; neither *.parquet nor *.tar is there")
+        raise InputError(f"{uri}: no pairs; neither *.parquet nor *.tar is there")
     saved = _saved(storage.join(uri, FILE_NAME), files, pairs)
     if saved is not None:
         return saved
@@ -106,7 +107,7 @@ def build_manifest(uri: str, pairs: PairsConfig) -> Manifest:
         spans = list(pool.map(lambda info: _index(info, pairs), files))
     samples = sum(len(span.sizes) for found in spans for span in found)
     if not any(span.sizes.any() for found in spans for span in found):
-        raise InputError(f"{storage.redact(uri)}: no pairs in its {len(files)} files; {_state(spans)}")
+        raise InputError(f"{uri}: no pairs in its {len(files)} files; {_state(spans)}")
     limit = min(MOST_SAMPLES, -(-samples // LEAST_UNITS))
     units: list[Unit] = []
     for info, found in zip(files, spans, strict=True):
@@ -150,7 +151,7 @@ def _index(info: FileInfo, pairs: PairsConfig) -> list[Span]:
     except (pa.ArrowException, OSError) as error:
         if storage.is_outage(error):
             raise storage.explain(info.uri, error) from error
-        logger.warning("%s: damaged, counted as one bad sample (%s)", storage.redact(info.uri), error)
+        logger.warning("%s", redact(f"{info.uri}: damaged, counted as one bad sample ({error})"))
         return [damage(0, 0)]
 
 

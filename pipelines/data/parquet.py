@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as types
 
 from models.config import InputError
+from models.redact import redact
 from pipelines import storage
 from pipelines.config import PairsConfig
 from pipelines.data.sample import Sample, Span, Unit, failed
@@ -36,7 +37,7 @@ def index_table(uri: str, pairs: PairsConfig) -> list[Span]:
                 logger.warning(
                     "%s: row group %d holds %d rows in %d MiB and is read again for each group of samples; "
                     "written with row groups of at most 1000 rows it is read faster",
-                    storage.redact(uri),
+                    redact(uri),
                     number,
                     rows,
                     size >> 20,
@@ -51,7 +52,7 @@ def _columns(schema: pa.Schema, uri: str, pairs: PairsConfig) -> list[str]:
     missing = [name for name in (pairs.image_column, pairs.caption_column) if name not in schema.names]
     if missing:
         raise InputError(
-            f"{storage.redact(uri)}: no column {' and no column '.join(missing)}, it has {', '.join(schema.names)}; "
+            f"{uri}: no column {' and no column '.join(missing)}, it has {', '.join(schema.names)}; "
             "name yours with --pairs.image-column and --pairs.caption-column"
         )
     image, caption = schema.field(pairs.image_column).type, schema.field(pairs.caption_column).type
@@ -61,17 +62,14 @@ def _columns(schema: pa.Schema, uri: str, pairs: PairsConfig) -> list[str]:
     else:
         columns = [pairs.image_column]
     if not (types.is_binary(image) or types.is_large_binary(image)):
-        raise InputError(
-            f"{storage.redact(uri)}: column {pairs.image_column} holds {image}; the image's bytes are needed"
-        )
+        raise InputError(f"{uri}: column {pairs.image_column} holds {image}; the image's bytes are needed")
     if types.is_list(caption) or types.is_large_list(caption):
         caption = caption.value_type
     if types.is_dictionary(caption):
         caption = caption.value_type
     if not (types.is_string(caption) or types.is_large_string(caption) or types.is_null(caption)):
         raise InputError(
-            f"{storage.redact(uri)}: column {pairs.caption_column} holds {caption}; "
-            "a string or a list of strings is needed"
+            f"{uri}: column {pairs.caption_column} holds {caption}; a string or a list of strings is needed"
         )
     extra = [name for name in (pairs.id_column, pairs.image_id_column) if name in schema.names]
     return [*columns, pairs.caption_column, *extra]

@@ -9,6 +9,7 @@ from itertools import groupby
 import pyarrow as pa
 
 from models.config import InputError
+from models.redact import redact
 from pipelines import storage
 from pipelines.config import PairsConfig
 from pipelines.data import parquet, webdataset
@@ -52,7 +53,7 @@ def _read_part(units: list[Unit], pairs: PairsConfig) -> dict[int, list[Sample]]
     except InputError as error:
         reason, detail = "fetch_failed", str(error)
     except (pa.ArrowException, OSError) as error:
-        detail = f"damaged file: {error}"
+        detail = redact(f"damaged file: {error}")
     return {
         unit.unit: [
             rows[unit.unit].get(ordinal) or failed(unit, ordinal, reason, detail) for ordinal in range(unit.count)
@@ -96,7 +97,7 @@ def _changed(unit: Unit) -> str:
         size = file.size()
     if size == unit.size:
         return ""
-    return f"{storage.redact(unit.uri)}: {size} bytes, {unit.size} when it was indexed; index the data again"
+    return f"{unit.uri}: {size} bytes, {unit.size} when it was indexed; index the data again"
 
 
 def read_captions(units: Iterable[Unit], pairs: PairsConfig) -> Iterator[str]:
@@ -112,4 +113,4 @@ def read_captions(units: Iterable[Unit], pairs: PairsConfig) -> Iterator[str]:
         except storage.Unavailable:
             raise
         except (InputError, pa.ArrowException, OSError) as error:
-            logger.warning("no captions from %s: %s", storage.redact(chosen[0].uri), error)
+            logger.warning("%s", redact(f"no captions from {chosen[0].uri}: {error}"))

@@ -52,7 +52,7 @@ def read_ledger(uri: str) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(data)).select(LEDGER.names).cast(LEDGER)
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise InputError(f"{storage.redact(uri)}: not a ledger of skipped samples ({error})") from error
+        raise InputError(f"{uri}: not a ledger of skipped samples ({error})") from error
 
 
 def check_balance(planned: int, trained: int, skipped: int) -> None:

@@ -24,6 +24,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from models.config import InputError
+from models.redact import redact
 from pipelines import storage
 from pipelines.data.manifest import Manifest
 from pipelines.data.skip_ledger import LEDGER, check_balance, check_skipped, read_ledger, reasons_of, write_ledger
@@ -81,10 +82,10 @@ def claim(out: str, job: Job) -> dict[str, Any] | None:
             about = _read_json(uri)
             differences = job.differences(about)
             if differences:
-                raise InputError(f"{storage.redact(out)}: holds other vectors ({differences}); name another --out")
+                raise InputError(f"{out}: holds other vectors ({differences}); name another --out")
             return about if name == COMPLETE else None
     if storage.exists(storage.join(out, VECTORS)):
-        raise InputError(f"{storage.redact(out)}: holds vectors of an unknown job; name another --out")
+        raise InputError(f"{out}: holds vectors of an unknown job; name another --out")
     storage.write_bytes(storage.join(out, BEGUN), json.dumps(job.__dict__).encode())
     return None
 
@@ -93,7 +94,7 @@ def _read_json(uri: str) -> dict[str, Any]:
     try:
         return dict(json.loads(storage.read_bytes(uri)))
     except (ValueError, TypeError) as error:
-        raise InputError(f"{storage.redact(uri)}: damaged; delete the folder, or name another --out") from error
+        raise InputError(f"{uri}: damaged; delete the folder, or name another --out") from error
 
 
 def finished(out: str) -> np.ndarray:
@@ -215,4 +216,4 @@ def _clean(out: str) -> None:
             elif kind == pafs.FileType.File:
                 system.delete_file(f"{path}/{name}")
         except OSError as error:
-            logger.warning("%s: %s could not be removed (%s)", storage.redact(out), name, error)
+            logger.warning("%s: %s could not be removed (%s)", redact(out), name, error)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from models.config import InputError
 from pipelines.tracking.run import EXPERIMENT, Tracker, answers, connect, download
-from pipelines.tracking.server import redact, resolve_uri
+from pipelines.tracking.server import resolve_uri
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Registry:
         name, alias, number = parts.groups()
         found = self.by_alias(name, alias) if alias else self.version(name, int(number))
         if found is None:
-            raise InputError(f"{model}: no such version at {redact(self.uri)}; {self._there_is(name)}")
+            raise InputError(f"{model}: no such version at {self.uri}; {self._there_is(name)}")
         return found
 
     def _there_is(self, name: str) -> str:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.config import InputError
+from models.redact import redact
 from pipelines.tracking.outbox import Courier, Outbox, Point
-from pipelines.tracking.server import SQLITE, probe, reason, redact, resolve_uri
+from pipelines.tracking.server import SQLITE, probe, reason, resolve_uri
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +277,7 @@ def _experiment(client: Any, uri: str, name: str) -> str:
             found = client.get_experiment_by_name(name)
     if found.lifecycle_stage != "active":
         restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
-        raise InputError(f"MLflow at {redact(uri)}: experiment {name} was deleted; bring it back: {restore}")
+        raise InputError(f"MLflow at {uri}: experiment {name} was deleted; bring it back: {restore}")
     return str(found.experiment_id)
 
 

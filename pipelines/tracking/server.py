@@ -1,8 +1,7 @@
-"""Addresses of tracking servers: which one is meant, whether anything answers there, and how to show it."""
+"""Addresses of tracking servers: which one is meant, and whether anything answers there."""
 
 import contextlib
 import os
-import re
 import socket
 import sqlite3
 import ssl
@@ -10,6 +9,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
+
+from models.redact import redact
 
 SQLITE = "sqlite:///"
 _PROBE_SECONDS = 10.0
@@ -20,12 +21,6 @@ def resolve_uri(uri: str | None = None) -> str:
     """`uri`, else MLFLOW_TRACKING_URI, else MLflow's own default file in this folder; SQLite paths become absolute."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute()) if uri.startswith(SQLITE) else uri
-
-
-def redact(text: str) -> str:
-    """`text` without the secrets of URLs: `user:password@` and the values of keys and signatures become `***`."""
-    text = re.sub(r"(\w://)[^/\s]*@", r"\1***@", text)
-    return re.sub(r"(?i)([?&][\w.-]*(?:sig|token|secret|password|key|credential)[\w.-]*=)[^&#\s]+", r"\1***", text)
 
 
 def reason(error: Exception) -> str:

@@ -15,6 +15,7 @@ from models.config import InputError
 from models.encoders import DualEncoder
 from models.package import load_tensors, load_weights, save_tensors, write_files_json
 from models.preprocess import CaptionTokenizer, PreprocessorConfig
+from models.redact import redact
 from pipelines.config import ExperimentConfig
 from pipelines.data.epoch_plan import Position
 from pipelines.step.state import TrainState
@@ -117,7 +118,7 @@ def load_initial(model: DualEncoder, uri: str) -> None:
     if not taken:
         raise InputError(f"init: no weight of {uri} fits this model; choose the preset it was trained with")
     model.load_state_dict(taken, strict=False)
-    logger.info("init: %d of %d tensors taken from %s", len(taken), len(own), uri)
+    logger.info("init: %d of %d tensors taken from %s", len(taken), len(own), redact(uri))
 
 
 def read_table(folder: Path, name: str) -> pa.Table | None:

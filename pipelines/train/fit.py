@@ -14,6 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from models.config import InputError
 from models.package import write_files_json
+from models.redact import redact
 from pipelines import storage
 from pipelines.artifacts.resolve import best_checkpoint, build_package, listed_checkpoints, local_copy, model_card
 from pipelines.cluster import connect
@@ -87,7 +88,7 @@ def fit(experiment: ExperimentConfig, resume: bool = False, following: Following
     """
     experiment = named(experiment)
     run = storage.join(experiment.out, experiment.name)
-    logger.info("reading %s", experiment.train_data)
+    logger.info("reading %s", redact(experiment.train_data))
     prepared = prepare(experiment, run, resume)
     experiment = prepared.experiment
     connect.connect()
@@ -195,13 +196,13 @@ def _why(error: TrainingFailedError) -> str:
             return str(cause)
     texts = [str(failure).strip().splitlines()[-1] for failure in failures.values() if str(failure).strip()]
     reason = texts[0] if texts else str(error).strip().splitlines()[-1]
-    return f"a worker failed more than compute.max_failures times: {reason}; go on with --resume"
+    return redact(f"a worker failed more than compute.max_failures times: {reason}; go on with --resume")
 
 
 def finish_run(experiment: ExperimentConfig, run: str, tracker: Tracker | None) -> dict[str, float]:
     """Package the best checkpoint, score the package on all validation data, leave both in run folder and MLflow."""
     best = best_checkpoint(run)
-    logger.info("packaging %s and scoring it on %s", best.uri.rsplit("/", 1)[-1], experiment.val_data)
+    logger.info("packaging %s and scoring it on %s", best.uri.rsplit("/", 1)[-1], redact(experiment.val_data))
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "package"
         with local_copy(best.uri) as checkpoint:

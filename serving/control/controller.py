@@ -8,12 +8,14 @@ import asyncio
 import dataclasses
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from ray import serve
 
 from models.config import InputError
+from models.redact import redact
 from serving import model_source
 from serving.config import ServingConfig
 from serving.gateway.rollout import Orders, Report, Rollout
@@ -64,7 +66,7 @@ class Versions:
         orders = self._rollout.orders
         current = orders.served.get(orders.current)
         return {
-            "current": current.model if current else "",
+            "current": redact(current.model) if current else "",
             "space": current.space if current else "",
             "alarm": orders.alarm,
             "gateways": len(self._rollout.gateways),
@@ -86,7 +88,7 @@ class Versions:
             try:
                 await self._look()
             except Exception as error:  # whatever it is, what is served goes on being served
-                logger.exception("looking after versions failed")
+                logger.error("looking after versions failed: %s", redact(traceback.format_exc()))
                 self._alarm(f"{type(error).__name__}: {error}")
             followed = model_source.is_followed(self._config.model)
             settled = self._rollout.orders.current and not self._rollout.orders.alarm
@@ -139,7 +141,7 @@ class Versions:
         before = self._rollout.orders.current
         self._order(current=application, alarm="")
         await self._until(lambda: self._rollout.served_by_all(application), "served by every gateway")
-        logger.warning("%s is served now, after %.1f s", wanted.model, time.monotonic() - started)
+        logger.warning("%s is served now, after %.1f s", redact(wanted.model), time.monotonic() - started)
         self._failed.clear()
         if before and not self._config.versions.keep:
             await self._forget(before)
@@ -162,7 +164,7 @@ class Versions:
         opened = await open_set(application, wanted.version, wanted.name)
         opened.start(self._config, None)
         worst = await opened.check(self._config.versions.tolerance)
-        logger.warning("%s answers its own vectors within %.0e", wanted.model, worst)
+        logger.warning("%s answers its own vectors within %.0e", redact(wanted.model), worst)
 
     async def _make_room(self) -> None:
         """Before a third version is loaded, the one that is kept for the way back goes."""
@@ -189,6 +191,7 @@ class Versions:
             raise TimeoutError(f"not {what} within {limit:.0f} s") from error
 
     def _alarm(self, text: str) -> None:
+        text = redact(text)  # everybody may read it, at /health
         if text != self._rollout.orders.alarm:
             logger.error("alarm: %s", text)
             self._order(alarm=text)

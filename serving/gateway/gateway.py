@@ -19,6 +19,7 @@ from typing import Any
 import uvicorn
 from ray.serve.handle import DeploymentHandle
 
+from models.redact import redact
 from serving.config import ServingConfig
 from serving.gateway.port import shared_socket
 from serving.gateway.rollout import Orders, Report
@@ -154,7 +155,7 @@ class Gateway:
         try:
             opened = await asyncio.wait_for(open_set(name, wanted.version, wanted.name), 30)
         except Exception as error:  # told to `Versions`, which gives the version up
-            self._failed[name] = f"{type(error).__name__}: {error}"
+            self._failed[name] = redact(f"{type(error).__name__}: {error}")
             logger.warning("cannot open %s: %s", name, self._failed[name])
             return
         opened.start(self._config, self._observe)

@@ -7,11 +7,13 @@ small model. `serving/http/openapi.py` has the rest.
 import asyncio
 import logging
 import time
+import traceback
 from collections.abc import Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from models.redact import redact
 from serving.config import DoorConfig
 from serving.http.asgi import Head, Scope, Send, lifespan, path_of, read_head, send_json, watched
 from serving.http.auth import Keys
@@ -177,9 +179,9 @@ class Door:
             return full(error.retry_after)
         request_id = asked.request_id.decode()
         if isinstance(error, Broken):
-            _log.error("request %s: a part does not answer: %s", request_id, error)
+            _log.error("request %s: a part does not answer: %s", request_id, redact(str(error)))
             return Refusal(503, "unavailable", "a part of the service does not answer; try again")
-        _log.error("request %s failed", request_id, exc_info=error)
+        _log.error("request %s failed: %s", request_id, redact("".join(traceback.format_exception(error))))
         return Refusal(500, "internal_error", f"the service failed; its log has request {request_id}")
 
     async def _send_page(self, file: PageFile, asked: Head, scope: Scope, send: Send) -> None:

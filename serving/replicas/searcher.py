@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from models.redact import redact
 from serving import model_source
 from serving.config import ReplicaConfig
 from serving.interfaces import Hit, Target
@@ -41,7 +42,7 @@ class Searcher:
         if self._index is None:
             return None
         index = self._index
-        return {"uri": self._uri, "images": index.images, "texts": index.texts, "kind": index.kind}
+        return {"uri": redact(self._uri), "images": index.images, "texts": index.texts, "kind": index.kind}
 
     async def search(self, query: np.ndarray, target: Target, top_k: int) -> list[Hit]:
         """The nearest rows to float32 (D,), the nearest first."""

@@ -15,6 +15,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from models.config import InputError
+from models.redact import redact
 from serving import model_source
 from serving.config import ServingConfig
 from serving.environment import CLUSTER
@@ -72,7 +73,7 @@ def run_until_stopped(config: ServingConfig) -> None:
     with running(config) as url:
         for number in (signal.SIGTERM, signal.SIGINT):  # set here, because Ray sets its own when it starts
             signal.signal(number, lambda *_: stopped.set())
-        logger.info("serving %s at %s (page, /docs, /v1/embeddings, /v1/search); Ctrl-C ends it", config.model, url)
+        logger.info("serving %s at %s", redact(config.model), f"{url} (page, /docs, /v1/embeddings, /v1/search)")
         alarm = ""
         while not stopped.wait(5):
             state = _state()

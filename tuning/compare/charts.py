@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, NamedTuple
 
+from models.redact import redact
 from pipelines.report.charts import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Frame, Series, figure, finite, line, sample
 
 MOST_TICKS, MOST_NUMBERS = 7, 24
@@ -254,7 +255,7 @@ def text_of(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return number_of(value) if isinstance(value, float) else str(value)
+    return number_of(value) if isinstance(value, float) else redact(str(value))
 
 
 def number_of(value: float) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from models.config import InputError
+from models.redact import redact
 from pipelines import storage
 from pipelines.artifacts.resolve import Listed, best_of, listed_checkpoints, read_experiment
 from pipelines.config import ExperimentConfig
@@ -84,7 +85,7 @@ def gather(paths: Sequence[str], histories: Histories | None = None) -> list[Com
 def _unique(items: list[Compared]) -> list[Compared]:
     """Runs of equal names are called by their folders."""
     names = [item.name for item in items]
-    return [replace(item, name=item.where) if names.count(item.name) > 1 else item for item in items]
+    return [replace(item, name=redact(item.where)) if names.count(item.name) > 1 else item for item in items]
 
 
 # Sweeps

@@ -2,6 +2,7 @@
 
 from html import escape
 
+from models.redact import redact
 from pipelines.report.page import facts_list, section, whole_page
 from tuning.compare.charts import text_of
 from tuning.compare.ranking import Comparison, short_names
@@ -78,8 +79,8 @@ def _facts(sweep: Sweep) -> dict[str, str]:
         "Repeats": f"{len(repeats)} with other seeds, {sum(repeats):,} samples" if repeats else "none",
         "Samples of the trials": f"{sweep.samples_used:,}"
         + (f", {sweep.samples_used / whole:.0%} of all trials to their ends" if whole else ""),
-        "Training data": sweep.base.train_data,
-        "Validation data": sweep.protocol.val_data,
+        "Training data": redact(sweep.base.train_data),
+        "Validation data": redact(sweep.protocol.val_data),
         "Validation manifest": sweep.protocol.val_manifest,
         "Pairs scored while training": f"{sweep.protocol.pairs:,}",
         "Begun": sweep.created,

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from models.redact import redact
 from pipelines.evaluation.recall_table import mean_recall
 from tuning.compare.collect import Compared
 
@@ -183,7 +184,7 @@ def protocol_differences(items: Sequence[Compared]) -> list[str]:
             if part in item.protocol:
                 names.setdefault(item.protocol[part], []).append(item.name)
         if len(names) > 1:
-            lines.append(f"{part}: " + "; ".join(f"{value} ({some(who)})" for value, who in names.items()))
+            lines.append(f"{part}: " + "; ".join(f"{redact(value)} ({some(who)})" for value, who in names.items()))
     return lines
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.config import InputError
 from models.package import health_vectors, load_package, load_tensors, verify_files
+from models.redact import redact
 from pipelines import storage
 from pipelines.artifacts.resolve import local_copy, registered_package
 from pipelines.cluster import connect
@@ -42,13 +43,13 @@ class HeldOut:
         """Raises InputError once the data differ from those of the first score."""
         found = build_manifest(self.data, self._experiment.pairs).hash
         if self.hash not in ("", found):
-            raise InputError(f"{storage.redact(self.data)}: the data changed meanwhile; start again")
+            raise InputError(f"{self.data}: the data changed meanwhile; start again")
         self.hash = found
 
 
 def evaluate(promotion: Promotion, candidate: Candidate, held_out: HeldOut, given: bool) -> None:
     """Score the run's package; re-ranked too, where its run was."""
-    promotion.data = storage.redact(held_out.data)
+    promotion.data = redact(held_out.data)
     with promotion.step("evaluate") as said, local_copy(candidate.package) as folder:
         said.append(f"on {promotion.data}" if given else f"on the run's validation data {promotion.data} (no --data)")
         promotion.metrics = held_out.score(str(folder), None)

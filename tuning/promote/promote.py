@@ -12,7 +12,7 @@ from pathlib import Path
 
 from models.config import InputError
 from models.package import FILES
-from pipelines import storage
+from models.redact import redact
 from pipelines.artifacts.resolve import local_copy, registered_package
 from pipelines.tracking.registry import CHAMPION, PREVIOUS, REPLACES, SPACE, Registry, Version, check_name
 from tuning.promote.candidate import Candidate, read_candidate
@@ -37,13 +37,13 @@ def promote(
     Candidate and champion are scored on the same manifest: `data`, else the run's validation data. `{space}` in
     `index` becomes the embedding space. Raises Refused, with the steps so far, where any check fails.
     """
-    promotion, registry = Promotion(check_name(name), model), Registry()
+    promotion, registry = Promotion(check_name(name), redact(model)), Registry()
     with recorded(promotion, registry), tempfile.TemporaryDirectory() as scratch:
         with promotion.step("read") as said:
             champion = registry.by_alias(name, CHAMPION)  # a registry that refuses is known before anything is scored
             _repair(registry, name)
             candidate = read_candidate(model, registry)
-            promotion.run_folder, promotion.run_id = storage.redact(candidate.run), candidate.run_id
+            promotion.run_folder, promotion.run_id = redact(candidate.run), candidate.run_id
             promotion.replaces = champion.number if champion else None
             said += [f"trial {candidate.trial}"] if candidate.trial else []
             said.append(f"{promotion.run_folder} finished" if candidate.run_id else f"{candidate.run}: not in MLflow")

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from models.config import InputError
+from models.redact import redact
 from pipelines.lineage import commit
 from pipelines.tracking.registry import Registry
 
@@ -60,9 +61,9 @@ class Promotion:
         try:
             yield said
         except BaseException as error:
-            self._add(Step(title, "refused", str(error) or type(error).__name__))
+            self._add(Step(title, "refused", redact(str(error)) or type(error).__name__))
             raise
-        self._add(Step(title, "done", "; ".join(said)))
+        self._add(Step(title, "done", redact("; ".join(said))))
 
     def skip(self, title: str, text: str) -> None:
         """A step that was left out, and why."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from models.redact import redact
 from pipelines import storage
 from tuning.sweep.schedulers import finalists
 from tuning.sweep.sweep_record import Sweep, Trial
@@ -41,7 +42,7 @@ def settings(trial: Trial, names: Mapping[str, str]) -> str:
 
 def shown(value: Any) -> str:
     """A value as a person would write it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else redact(str(value))
 
 
 def percent(value: float | None) -> str:

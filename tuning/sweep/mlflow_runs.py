@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models.config import InputError
+from models.redact import redact
 from pipelines import storage
 from pipelines.artifacts.resolve import local_copy
 from pipelines.tracking.run import EXPERIMENT, Status, Tracker, answers, connect
@@ -150,7 +151,7 @@ def start_parent(name: str, folder: str, params: Mapping[str, str], tags: Mappin
     A new sweep first looks for one that was created for its folder by a start that was killed before it wrote there.
     """
     if not run_id:
-        left = [run.run_id for run in find_runs(FOLDER_TAG, folder) if run.status == "RUNNING"]
+        left = [run.run_id for run in find_runs(FOLDER_TAG, redact(folder)) if run.status == "RUNNING"]
         run_id = left[0] if left else ""
     kind = {FOLDER_TAG: folder, "triptych.kind": "sweep"}
     return Tracker.start(None, EXPERIMENT, name, params, dict(tags) | kind, run_id or None)

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from models.config import InputError
+from models.redact import redact
 from pipelines import storage
 from pipelines.config import ExperimentConfig
 from pipelines.evaluation.recall_table import MEAN_RECALL, mean_recall
@@ -26,6 +27,10 @@ def place_of(folder: str, trial_id: str, seed: int | None = None) -> dict[str, A
     if seed is None:
         return {"out": storage.join(folder, "trials"), "name": trial_id}
     return {"out": storage.join(folder, "trials", trial_id, "repeats"), "name": str(seed), "seed": seed}
+
+
+Redacted = Annotated[str, AfterValidator(redact)]
+"""Text of an error: everybody who may read the sweep's folder, its page or its run reads it."""
 
 
 class _Record(BaseModel):
@@ -49,7 +54,7 @@ class Trial(_Record):
     overrides: dict[str, Any] = {}
     """{dotted key of the configuration: value}."""
     status: TrialStatus = "pending"
-    reason: str = ""
+    reason: Redacted = ""
     """Why it was pruned or failed."""
     metrics: dict[str, float] = {}
     """Flat names: of the packaged model where finished, else of the last validation."""
@@ -59,7 +64,7 @@ class Trial(_Record):
     """Wall time of its process, start-up included."""
     curve: list[tuple[int, float]] = []
     """(samples seen, `Sweep.metric`) of each validation."""
-    alarms: list[str] = []
+    alarms: list[Redacted] = []
     """What the alarms of its run said, and notes on repeats that came to nothing."""
     repeats: list[Repeat] = []
     mlflow_run_id: str = ""
@@ -147,11 +152,11 @@ class Sweep(_Record):
         """Read it from a sweep's folder, or from the file itself. Raises InputError where it is missing or damaged."""
         file = uri if uri.endswith(".json") else storage.join(uri, FILE_NAME)
         if not storage.exists(file):
-            raise InputError(f"{storage.redact(file)}: no such sweep; check the path")
+            raise InputError(f"{file}: no such sweep; check the path")
         try:
             return cls.model_validate_json(storage.read_bytes(file))
         except ValidationError as error:
-            raise InputError(f"{storage.redact(file)}: damaged, or written by another version") from error
+            raise InputError(f"{file}: damaged, or written by another version") from error
 
     def save(self, uri: str) -> None:
         """Write it into a sweep's folder; a reader sees the old file or the new one."""

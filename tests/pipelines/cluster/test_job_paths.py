@@ -95,9 +95,27 @@ def test_no_secret_travels_with_a_job():
     }
     assert job_environment(["train"], secrets | open_values | TRACKING, False) == open_values | TRACKING
     for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL"):
-        with pytest.raises(InputError, match=f"{name} carries a user or password") as refusal:
-            job_environment(["train"], {name: "https://me:hunter2@host:5000"}, same_machine=True)
-        assert "hunter2" not in str(refusal.value)
+        for value in ("https://me:hunter2@host:5000", "https://hunter2@host", "https://host/?access_token=hunter2"):
+            with pytest.raises(InputError, match=f"{name} carries a user, password or key") as refusal:
+                job_environment(["train"], {name: value}, same_machine=True)
+            assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://AKIA:hunter2@bucket/x", "s3://AKIA:hun/ter2@bucket/x", "https://b.s3.host/x?X-Amz-Signature=hunter2"]
+)
+def test_no_secret_is_in_a_jobs_command(url):
+    for command in (["data", "stats", url], ["train", "tcl-tiny", f"--out={url}"], ["train", "tcl-tiny", "--out", url]):
+        with pytest.raises(InputError, match="carries a user, password or key, and Ray's dashboard shows") as refusal:
+            check_paths(command, same_machine=True)
+        assert "hunter2" not in str(refusal.value) and "ter2" not in str(refusal.value)
+
+
+def test_addresses_without_a_secret_are_taken():
+    for url in ("gs://anonymous@bucket/x", "s3://bucket/folder@2x/file?versionId=3", "models:/pairs@champion"):
+        check_paths(["evaluate", "models:/pairs@champion", "--data", url], same_machine=False)
+    database = {"MLFLOW_TRACKING_URI": "postgresql://host/db?sslmode=require"}
+    assert job_environment(["train"], database, same_machine=False) == database
 
 
 def test_addresses_of_this_machine_are_refused_on_another():
