@@ -10,19 +10,28 @@ from models.config import InputError
 from pipelines.lineage import ROOT
 
 EXCLUDES = [
-    ".git/",
-    ".venv/",
-    "demo/",
-    "runs/",
-    "data/",
-    "mlruns/",
-    "mlflow.db",
-    "mlflow-unsent-*.jsonl",
+    ".?*",
+    "/data/",
+    "/demo/",
+    "/runs/",
+    "/mlruns/",
+    "/tests/",
+    "/docs/",
+    "/site/",
+    "/benchmarks/results/",
+    "*.egg-info/",
     "*.parquet",
     "*.tar",
-    "tests/golden/",
+    "*.safetensors",
+    "*.db",
+    "*.log",
+    "mlflow-unsent-*.jsonl",
 ]
-"""What of the checkout workers do not need."""
+"""What of the checkout no job gets (gitignore patterns, besides .gitignore's): data, runs, hidden files with secrets.
+
+A folder's name is anchored by its first `/`, or a package's folder of that name would be left behind too.
+docs/cluster.md shows the same list for Ray's own command line.
+"""
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -23,6 +23,7 @@ from ray.util.state.exception import RayStateApiException
 
 from models.config import InputError
 from models.redact import redact
+from pipelines.cluster.connect import EXCLUDES
 from pipelines.cluster.job_paths import check_paths, is_loopback, job_environment
 from pipelines.lineage import COMMIT_VARIABLE, ROOT, commit
 from pipelines.tracking.server import probe, reason
@@ -30,9 +31,6 @@ from pipelines.tracking.server import probe, reason
 logger = logging.getLogger(__name__)
 
 ENTRYPOINT = ("python", "-m", "pipelines.cli")
-EXCLUDES = [".?*", "/demo/", "/runs/", "/data/", "/mlruns/", "/tests/", "/benchmarks/results/"]
-EXCLUDES += ["*.egg-info/", "*.parquet", "*.tar", "*.safetensors", "*.db", "*.log"]
-"""What is not packaged (gitignore patterns, besides those of .gitignore): data, runs, and hidden files with secrets."""
 QUIET = {"working_dir": logging.ERROR, "packaging": logging.WARNING}
 """Levels of Ray's chatter about what it packages; what is near the size limit is still said."""
 LOST_AFTER_S = 300.0
