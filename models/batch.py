@@ -61,7 +61,7 @@ class Features(NamedTuple):
     text: Float[Tensor, "B D"]
 
 
-class Locals(NamedTuple):
+class LocalParts(NamedTuple):
     """The teacher's local parts of all rows (docs/spec/tcl.md 2.3): pooled patches, and tokens without [CLS]."""
 
     image: Float[Tensor, "N K D"]
@@ -93,7 +93,7 @@ class Context:
     teacher: Features | None
     keys: tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]] | None
     """Teacher vectors (image, text) of all rows."""
-    locals: Locals | None
+    local_parts: LocalParts | None
     queue: FeatureQueue | None
     identity: Identity
     offset: int

@@ -71,7 +71,7 @@ def pool_patches(patches: Float[Tensor, "B P D"], grid: str) -> Float[Tensor, "B
 
 def local_global(
     query: Float[Tensor, "B D"],
-    locals_: Float[Tensor, "N K D"],
+    keys: Float[Tensor, "N K D"],
     valid: Bool[Tensor, "N K"],
     negative: Bool[Tensor, "B N"],
     offset: int,
@@ -80,18 +80,19 @@ def local_global(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """lmi (docs/spec/tcl.md 2.3), summed over rows, with their count: mean over own parts of InfoNCE against others'.
 
-    Row b's own parts are `locals_[offset + b]`; `negative[b, j]` says whether sample j's parts are its negatives. A row
+    Row b's own parts are `keys[offset + b]`; `negative[b, j]` says whether sample j's parts are its negatives. A row
     without a valid part is not counted. The negatives' log-sum does not depend on the part, so it is taken once a row:
     B x N x K numbers, no B x K x N x K tensor; of these `limit` bytes at most exist at once, in blocks of rows.
     """
-    samples, parts, width = locals_.shape
+    samples, parts, width = keys.shape
     own_count = valid[offset : offset + len(query)].sum(1)
 
     def block(rows: slice) -> tuple[Tensor]:
         own = torch.arange(rows.start, rows.stop, device=query.device)
-        scores = (query[rows] @ locals_.reshape(samples * parts, width).T).view(len(own), samples, parts) / temperature
+        scores = (query[rows] @ keys.reshape(samples * parts, width).T).view(len(own), samples, parts) / temperature
         others = scores.masked_fill(~(negative[rows, :, None] & valid[None]), MASKED).flatten(1)
         mine = scores[own - rows.start, offset + own]
+        # InfoNCE of one positive s against negatives n: -ln(e^s / (e^s + sum e^n)) = softplus(lse(n) - s).
         terms = F.softplus(torch.logsumexp(others, 1, keepdim=True) - mine) * valid[offset + own]
         return ((terms.sum(1) / own_count[rows].clamp(min=1)).sum(),)
 

@@ -115,8 +115,8 @@ def sigmoid_parts(model: DualEncoder, context: Context) -> dict[str, Part]:
 
 def local_parts(context: Context, limit: int) -> dict[str, Part]:
     """lmi (docs/spec/tcl.md 2.3): online vectors against the teacher's local parts of all rows."""
-    assert context.locals is not None
-    image, text, text_valid = context.locals
+    assert context.local_parts is not None
+    image, text, text_valid = context.local_parts
     image_valid = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
     negative, offset, temperature = context.identity.local_negative, context.offset, context.temperature
     parts = {}

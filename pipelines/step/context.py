@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.batch import Batch, Context, Features, Locals, identify
+from models.batch import Batch, Context, Features, LocalParts, identify
 from models.collectives import SoloWorkers, Workers
 from models.contrast import pool_patches
 from models.encoders import DualEncoder
@@ -26,7 +26,7 @@ class TeacherView(NamedTuple):
     """Of this worker's rows."""
     keys: tuple[Tensor, Tensor]
     """Vectors (image, text) of all rows that are candidates."""
-    locals: Locals | None
+    local_parts: LocalParts | None
     """Local parts of the same rows; None without lmi."""
 
 
@@ -61,7 +61,7 @@ def build_context(
         all_mask=all_mask,
         teacher=None if view is None else view.features,
         keys=None if view is None else view.keys,
-        locals=None if view is None else view.locals,
+        local_parts=None if view is None else view.local_parts,
         queue=state.queue,
         identity=identify(ids.T, all_ids.T, peers.offset, state.queue, objective.duplicates),
         offset=peers.offset,
@@ -92,8 +92,8 @@ def gather_queue_rows(everyone: Peers, view: TeacherView, ids: Tensor) -> QueueR
     return (everyone.gather(view.features.image), everyone.gather(view.features.text), *everyone.gather(ids).T)
 
 
-def teacher_locals(model: DualEncoder, teacher: Features, grid: str, peers: Peers, all_mask: Tensor) -> Locals:
+def teacher_locals(model: DualEncoder, teacher: Features, grid: str, peers: Peers, all_mask: Tensor) -> LocalParts:
     """The teacher's pooled patches and its tokens without [CLS], of all rows (docs/spec/tcl.md 2.3)."""
     image = pool_patches(model.project_image(teacher.image_tokens[:, 1:]), grid)
     text = model.project_text(teacher.text_tokens[:, 1:])
-    return Locals(peers.gather(image), peers.gather(text), all_mask[:, 1:])
+    return LocalParts(peers.gather(image), peers.gather(text), all_mask[:, 1:])

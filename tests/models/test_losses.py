@@ -128,8 +128,8 @@ def test_contrast_with_teacher_queue_and_duplicates_equals_loops(duplicates):
             total -= sum(h * (value - log_total) for h, value in zip(hard, logits, strict=True))
         assert parts[name].sum.item() == pytest.approx(total, rel=1e-9) and parts[name].count == 4
     for name, query, (local, valid) in (
-        ("lmi_image", student.image, (context.locals.image, torch.ones(4, 4).bool())),
-        ("lmi_text", student.text, (context.locals.text, rows.mask[:, 1:])),
+        ("lmi_image", student.image, (context.local_parts.image, torch.ones(4, 4).bool())),
+        ("lmi_text", student.text, (context.local_parts.text, rows.mask[:, 1:])),
     ):
         total = 0.0
         for b in range(4):
