@@ -30,13 +30,13 @@ class PairsConfig(Config):
     image_id_column: str = Field("image_id", examples=["picture_id"])
     """Parquet column of the image's identity, if there is one; else a hash of its bytes."""
     crop_area_min: Annotated[float, Gt(0), Le(1)] = 0.2
-    """Smallest share of the picture in a training crop."""
+    """Smallest share of the image in a training crop."""
     augment: Literal["full", "light", "none"] = "full"
     """full: the reference's chain; light: crops only, so that colours and sides stay true; none: plain resize."""
     max_pixels: PositiveInt = 64_000_000
-    """Pictures with more pixels are skipped before they are decoded."""
+    """Images with more pixels are skipped before they are decoded."""
     min_side: PositiveInt = 4
-    """Pictures with a shorter side are skipped."""
+    """Images with a shorter side are skipped."""
     max_caption_words: PositiveInt = 30
     """Words kept of a caption."""
     max_skipped: Annotated[float, Ge(0), Le(1)] = 0.2
@@ -185,7 +185,7 @@ def _dual(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def _tiny(preset: str, objective: ObjectiveConfig) -> ExperimentConfig:
-    """Under half a million parameters: learns a few thousand pairs of small pictures in minutes on two CPU cores.
+    """Under half a million parameters: learns a few thousand pairs of small images in minutes on two CPU cores.
 
     Rates are measured: on 20,000 samples clip reaches recall@1 3.7 % at 1e-3 and 0.7 % at 3e-3, tcl-dual 1.3 and 2.7 %.
     """

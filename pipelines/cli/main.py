@@ -206,7 +206,7 @@ def data(words: Sequence[str]) -> int:
     synth.add_argument("--noise", type=float, default=0.0, help="share of training pairs with another scene's caption")
     synth.add_argument("--broken", type=float, default=0.0, help="share of training pairs that cannot be used")
     synth.add_argument("--captions-per-image", type=int, default=1)
-    synth.add_argument("--image-size", type=int, default=64, help="side of the pictures, pixels")
+    synth.add_argument("--image-size", type=int, default=64, help="side of the images, pixels")
     synth.add_argument("--format", choices=["parquet", "webdataset"], default="parquet")
     synth.add_argument("--seed", type=int, default=0)
     for name, text in (

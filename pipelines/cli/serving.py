@@ -18,7 +18,7 @@ def embed(words: Sequence[str]) -> int:
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint, package or models:/NAME@ALIAS")
     parser.add_argument("--data", required=True, metavar="URI", help="folder, file or URL of pairs")
     parser.add_argument("--out", required=True, metavar="URI", help="folder for the vectors")
-    parser.add_argument("--no-thumbnails", action="store_true", help="leave the small pictures out")
+    parser.add_argument("--no-thumbnails", action="store_true", help="leave the small images out")
     parser.add_argument("--workers", type=int, default=1, help="encoding processes (default: 1)")
     parser.add_argument("--gpus", action="store_true", help="a GPU for each of them")
     options = parser.parse_args(words)

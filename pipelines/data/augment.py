@@ -44,7 +44,7 @@ def augment(
 ) -> Float[Tensor, "B 3 S S"]:
     """Normalised model input of one of the two views (0 or 1).
 
-    full: the whole chain; light and none: normalise only. Light crops are all that pictures get whose captions speak of
+    full: the whole chain; light and none: normalise only. Light crops are all that images get whose captions speak of
     colours and sides, which jitter and flips would belie.
     """
     levels = views.permute(0, 3, 1, 2).contiguous().float()
@@ -112,7 +112,7 @@ def geometry(which: Int[Tensor, " N"], sign: Float[Tensor, " N"], size: int) -> 
 
 
 def affine(levels: Levels, matrix: Float[Tensor, "N 6"]) -> Levels:
-    """Bilinear; what lies outside the picture is FILL."""
+    """Bilinear; what lies outside the image is FILL."""
     steps = torch.arange(levels.shape[-1], device=levels.device, dtype=torch.float32)
     x, y = steps[None, None, :], steps[None, :, None]
     a, b, c, d, e, f = (column[:, None, None] for column in matrix.unbind(1))
@@ -143,7 +143,7 @@ def gray(levels: Levels) -> Float[Tensor, "N 1 S S"]:
 
 
 def tone(levels: Levels, values: Float[Tensor, "N 2"]) -> Levels:
-    """Blend by the second value, with a base by the first: black (0, brightness), the picture's mean grey (1, contrast)
+    """Blend by the second value, with a base by the first: black (0, brightness), the image's mean grey (1, contrast)
     or its grey self (2, saturation)."""
     kind, factor = values.unbind(1)
     own = gray(levels)

@@ -1,6 +1,6 @@
-"""Two random crops of one decode of a picture. No Ray; opening and decoding whole are in `models/images.py`.
+"""Two random crops of one decode of an image. No Ray; opening and decoding whole are in `models/images.py`.
 
-Axes: B pictures, S side of the result.
+Axes: B images, S side of the result.
 """
 
 import numpy as np
@@ -9,16 +9,16 @@ from PIL import Image
 from models.images import ImageRejected, OpenedImage, describe_damage
 from models.preprocess import to_rgb
 
-_TRIES = 10  # boxes drawn before the middle of the picture is taken, as in torchvision
+_TRIES = 10  # boxes drawn before the middle of the image is taken, as in torchvision
 DRAWS = 2 * _TRIES * 4
-"""Random numbers a picture needs for its two crops."""
+"""Random numbers an image needs for its two crops."""
 
 
 def draw_boxes(sizes: np.ndarray, draws: np.ndarray, area_min: float) -> np.ndarray:
-    """Crops of pictures: random area (area_min..1 of the picture) and aspect (3/4..4/3), at a random place.
+    """Crops of images: random area (area_min..1 of the image) and aspect (3/4..4/3), at a random place.
 
     `sizes` (B, 2) are widths and heights, `draws` (B, DRAWS) numbers in [0, 1). Returns boxes int64 (B, 2, 4): left,
-    top, right, bottom of each picture's two crops, in pixels.
+    top, right, bottom of each image's two crops, in pixels.
     """
     width, height = (sizes[:, axis, None, None] for axis in (0, 1))
     area, shape, left, top = np.moveaxis(draws.reshape(len(sizes), 2, _TRIES, 4), 3, 0)
@@ -36,20 +36,20 @@ def draw_boxes(sizes: np.ndarray, draws: np.ndarray, area_min: float) -> np.ndar
     return np.stack([left, top, left + across, top + down], 2).astype(np.int64)
 
 
-def crop_twice(picture: OpenedImage, boxes: np.ndarray, out: np.ndarray) -> None:
+def crop_twice(opened: OpenedImage, boxes: np.ndarray, out: np.ndarray) -> None:
     """Decode once and write the two crops into `out`, uint8 (2, S, S, 3). Raises ImageRejected for damage.
 
     A JPEG is decoded at the smallest of its scales (1, 1/2, 1/4, 1/8) at which both crops still have S pixels a side.
     """
-    size, (width, height) = out.shape[1], picture.size
+    size, (width, height) = out.shape[1], opened.size
     try:
         sides = boxes[:, 2:] - boxes[:, :2]
         scale = size / int(sides.min())
-        if scale < 0.5 and picture.image.format in ("JPEG", "MPO"):
+        if scale < 0.5 and opened.image.format in ("JPEG", "MPO"):
             least = (int(np.ceil(width * scale)), int(np.ceil(height * scale)))
-            picture.image.draft(None, least[::-1] if picture.turned else least)
-        picture.image.load()  # raises on damage, also where a look at EXIF data would hide it
-        image = to_rgb(picture.image)
+            opened.image.draft(None, least[::-1] if opened.turned else least)
+        opened.image.load()  # raises on damage, also where a look at EXIF data would hide it
+        image = to_rgb(opened.image)
         across, down = image.width / width, image.height / height
         for view, (left, top, right, bottom) in enumerate(boxes.tolist()):
             box = (left * across, top * down, min(right * across, image.width), min(bottom * down, image.height))

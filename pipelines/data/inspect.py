@@ -57,7 +57,7 @@ def lint_data(uri: str, pairs: PairsConfig = _PAIRS) -> list[dict[str, Any]]:
 
 
 def stats_data(uri: str, pairs: PairsConfig = _PAIRS) -> dict[str, Any]:
-    """Counts, bytes, caption lengths in words, picture sizes, duplicates, and samples skipped by reason."""
+    """Counts, bytes, caption lengths in words, image sizes, duplicates, and samples skipped by reason."""
     manifest = build_manifest(uri, pairs)
     tables, words, sizes = [LEDGER.empty_table()], [], []
     images: Counter[int] = Counter()
@@ -86,7 +86,7 @@ def stats_data(uri: str, pairs: PairsConfig = _PAIRS) -> dict[str, Any]:
 
 
 def _sizes(samples: Sequence[Sample], pairs: PairsConfig) -> list[tuple[int, int]]:
-    """(width, height) of pictures that are known to be good."""
+    """(width, height) of images that are known to be good."""
     found = []
     with decoding():
         for sample in samples:

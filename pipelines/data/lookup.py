@@ -1,4 +1,4 @@
-"""One sample's picture by its `uri` (design, contract 1): FILE#row=N, FILE#MEMBER, or the picture's own path or URL."""
+"""One sample's image by its `uri` (docs/formats.md, contract 1): FILE#row=N, FILE#MEMBER, or a path or URL."""
 
 import io
 import re
@@ -17,9 +17,9 @@ _ARCHIVES = 16  # archives whose members are remembered
 
 
 def read_image(uri: str, image_column: str = "image") -> bytes:
-    """The encoded picture. Of a Parquet file only the row group that holds the row is read, of a tar one member.
+    """The encoded image. Of a Parquet file only the row group that holds the row is read, of a tar one member.
 
-    Raises InputError where it is not there: file, row, member, column or picture.
+    Raises InputError where it is not there: file, row, member, column or image.
     """
     row = re.fullmatch(r"(.+\.parquet)#row=(\d+)", uri, re.DOTALL)
     if row:
@@ -41,13 +41,13 @@ def _from_table(uri: str, row: int, image_column: str) -> bytes:
         parquet = pq.ParquetFile(file)
         field = _field(parquet.schema_arrow, image_column)
         if field is None:
-            raise InputError(f"{uri}: no column {image_column} of pictures")
+            raise InputError(f"{uri}: no column {image_column} of images")
         for number in range(parquet.metadata.num_row_groups):
             rows = parquet.metadata.row_group(number).num_rows
             if row < rows:
                 image = _cell(parquet, number, row, field)
                 if not image:
-                    raise InputError(f"{uri}#row={row}: no picture in this row")
+                    raise InputError(f"{uri}#row={row}: no image in this row")
                 return image
             row -= rows
     raise InputError(f"{uri}: no such row; it has {parquet.metadata.num_rows:,}")

@@ -13,8 +13,8 @@ REASONS = (
     "missing_member",
     "fetch_failed",
 )
-"""Why a sample is skipped: bytes that are no picture (or a damaged file), too many pixels, too short a side, a caption
-without words, no picture or no caption at all, a file that has gone, changed or cannot be opened."""
+"""Why a sample is skipped: bytes that are no image (or a damaged file), too many pixels, too short a side, a caption
+without words, no image or no caption at all, a file that has gone, changed or cannot be opened."""
 
 Format = Literal["parquet", "webdataset"]
 

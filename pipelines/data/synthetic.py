@@ -42,13 +42,13 @@ class CorpusConfig(Config):
     pairs: Annotated[int, Ge(1), Le(1_000_000)] = 10_000
     """Training pairs (images); val and test get a tenth each but at least 100."""
     noise: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Share of the training pairs that carry the caption of another scene, untrue of the picture."""
+    """Share of the training pairs that carry the caption of another scene, untrue of the image."""
     broken: Annotated[float, Ge(0), Le(1)] = 0.0
     """Share of the training pairs that are unusable: truncated, not an image, empty, or with an empty caption."""
     captions_per_image: PositiveInt = 1
     """Captions of each image; several are a list in `caption`."""
     image_size: Annotated[int, Ge(16), Le(4096)] = 64
-    """Side of the square pictures, pixels."""
+    """Side of the square images, pixels."""
     format: Literal["parquet", "webdataset"] = "parquet"
     """Parquet with image bytes, or tar files of image and text members."""
     seed: int = 0
@@ -69,7 +69,7 @@ class Sample:
 
     @property
     def image_id(self) -> str:
-        """The picture's identity: the scene's content, which no two pairs share."""
+        """The image's identity: the scene's content, which no two pairs share."""
         return "-".join(map(str, (self.scene.axis, *self.scene.first, *self.scene.second)))
 
 
@@ -142,11 +142,11 @@ def _other(scene: Scene, scenes: list[Scene], random: Random) -> Scene:
 
 def _encode(scene: Scene, size: int, random: Random) -> tuple[bytes, str]:
     """The drawn scene as JPEG or PNG (about as many of each), and the file name's extension."""
-    picture, buffer = draw(scene, size, random), io.BytesIO()
+    image, buffer = draw(scene, size, random), io.BytesIO()
     if random.random() < 0.5:
-        picture.save(buffer, "JPEG", quality=random.randint(80, 95))
+        image.save(buffer, "JPEG", quality=random.randint(80, 95))
         return buffer.getvalue(), "jpg"
-    picture.save(buffer, "PNG", compress_level=3)
+    image.save(buffer, "PNG", compress_level=3)
     return buffer.getvalue(), "png"
 
 

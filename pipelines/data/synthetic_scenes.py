@@ -25,7 +25,7 @@ COLOURS = {
     "white": (252, 252, 252),
 }
 SIZES = {"small": 0.25, "medium": 0.35, "large": 0.47}
-"""Side of an object over the side of the picture."""
+"""Side of an object over the side of the image."""
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 AXES = ("left", "above")
 """How the first object lies to the second."""
@@ -162,9 +162,9 @@ def _cloth(colour: int, texture: int, side: int) -> Image.Image:
 def draw(scene: Scene, size: int, random: Random) -> Image.Image:
     """The scene as RGB (size, size); places, exact sizes and the background are chance.
 
-    Each object keeps to its half of the picture, and the halves' centres differ more along the axis than across it.
+    Each object keeps to its half of the image, and the halves' centres differ more along the axis than across it.
     """
-    picture = Image.new("RGB", (size, size), tuple(channel + random.randint(-10, 10) for channel in BACKGROUND))
+    image = Image.new("RGB", (size, size), tuple(channel + random.randint(-10, 10) for channel in BACKGROUND))
     for half, thing in enumerate((scene.first, scene.second)):
         share = list(SIZES.values())[thing.size] * random.uniform(0.95, 1.05)
         along = half / 2 + share / 2 + random.random() * (0.5 - share)
@@ -172,8 +172,8 @@ def draw(scene: Scene, size: int, random: Random) -> Image.Image:
         side = max(2, round(share * size))
         x, y = (along, across) if AXES[scene.axis] == "left" else (across, along)
         corner = (round(x * size - side / 2), round(y * size - side / 2))
-        picture.paste(_cloth(thing.colour, thing.texture, side), corner, _outline(thing.kind, side))
-    return picture
+        image.paste(_cloth(thing.colour, thing.texture, side), corner, _outline(thing.kind, side))
+    return image
 
 
 # ---- captions

@@ -76,7 +76,7 @@ def prepare_train(rows: Sequence[Sample], settings: PrepareSettings, epoch: int)
 def prepare_eval(rows: Sequence[Sample], settings: PrepareSettings) -> Columns:
     """Columns of an evaluation block.
 
-    image uint8 (B, S, S, 3): the whole picture as serving sees it; captions: a list of clean captions in each row;
+    image uint8 (B, S, S, 3): the whole image as serving sees it; captions: a list of clean captions in each row;
     image_id, unit, ordinal, id, uri, reason, detail as in `prepare_train`.
     """
     captions = np.empty(len(rows), object)
@@ -100,8 +100,8 @@ def _views(
     views = np.zeros((len(rows), 2, settings.image_size, settings.image_size, 3), np.uint8)
     opened = _open_all(rows, settings.pairs, reasons, details)
     sizes = np.ones((len(rows), 2), np.int64)
-    for place, picture in opened.items():
-        sizes[place] = picture.size
+    for place, image in opened.items():
+        sizes[place] = image.size
     if settings.pairs.augment == "none":
         boxes = np.tile(np.concatenate([0 * sizes, sizes], 1)[:, None], (1, 2, 1))
     else:
@@ -117,7 +117,7 @@ def _views(
 def _open_all(
     rows: Sequence[Sample], pairs: PairsConfig, reasons: list[str], details: list[str]
 ) -> dict[int, OpenedImage]:
-    """Pictures by place, of the rows that have no reason yet."""
+    """Images by place, of the rows that have no reason yet."""
     opened: dict[int, OpenedImage] = {}
     with decoding():
         for place, row in enumerate(rows):
@@ -136,7 +136,7 @@ def _each(
     reasons: list[str],
     details: list[str],
 ) -> None:
-    """Decode every picture, and let go of it; a damaged one leaves zeros."""
+    """Decode every image, and let go of it; a damaged one leaves zeros."""
     with decoding():
         for place in list(opened):
             try:

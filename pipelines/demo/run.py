@@ -39,7 +39,7 @@ from pipelines.train.fit import FitResult, TrainingFailed, fit
 logger = logging.getLogger(__name__)
 
 PRESET, NAME = "tcl-tiny", "tcl-tiny-demo"
-_TOP = 5  # pictures shown of each caption
+_TOP = 5  # images shown of each caption
 _CAPTIONS = 24  # captions on the contact sheet
 
 _NEXT = """
@@ -115,9 +115,9 @@ def read_pairs(folder: Path, max_words: int) -> list[tuple[str, bytes]]:
 
 
 def contact_rows(package: Package, pairs: Sequence[tuple[str, bytes]], count: int) -> list[ContactRow]:
-    """For `count` captions at even distances, the pictures nearest by cosine (first stage, no fusion encoder).
+    """For `count` captions at even distances, the images nearest by cosine (first stage, no fusion encoder).
 
-    A picture with the same words is right too, as in the scores.
+    An image with the same words is right too, as in the scores.
     """
     size = package.preprocessor.image_size
     captions = np.empty(len(pairs), dtype=object)
@@ -135,8 +135,8 @@ def contact_rows(package: Package, pairs: Sequence[tuple[str, bytes]], count: in
         right = [pairs[image][0] == pairs[query][0] for image in order]
         rank = right.index(True) + 1
         remark = "" if rank <= _TOP else f"The right one comes at place {rank:,} of {len(order):,}."
-        pictures = [pairs[image][1] for image in order[:_TOP]]
-        sheet.append(ContactRow(pairs[query][0], pictures, right[:_TOP], remark))
+        images = [pairs[image][1] for image in order[:_TOP]]
+        sheet.append(ContactRow(pairs[query][0], images, right[:_TOP], remark))
     return sheet
 
 
@@ -156,7 +156,7 @@ def _lead(metrics: Mapping[str, float]) -> str:
     first, ten = (metrics[f"image_retrieval_recall_at_{depth}"] for depth in (1, 10))
     chance = 1 / metrics["images"]
     return (
-        f"Of {int(metrics['captions']):,} captions that training never saw, {first:.1%} find their picture first and "
+        f"Of {int(metrics['captions']):,} captions that training never saw, {first:.1%} find their image first and "
         f"{ten:.1%} among the first ten; guessing would find {chance:.1%} and {10 * chance:.1%}. "
         "The captions below were taken at even distances, not chosen."
     )

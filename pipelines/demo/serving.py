@@ -1,4 +1,4 @@
-"""The end of the demo: the test pictures embedded and indexed, the encoders served, ten captions asked over HTTP."""
+"""The end of the demo: the test images embedded and indexed, the encoders served, ten captions asked over HTTP."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def serve_and_ask(run: str, data: Path, folder: Path, captions: Sequence[str]) -
     step = max(1, len(captions) // QUERIES)
     with _served(run, folder / "index") as url:
         lines = [_ask(url, caption) for caption in captions[::step][:QUERIES]]
-    head = "Asked over HTTP: caption, caption of the first picture, cosine, place of the caption's own picture"
+    head = "Asked over HTTP: caption, caption of the first image, cosine, place of the caption's own image"
     return "\n".join([head, *lines])
 
 

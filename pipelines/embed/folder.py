@@ -1,6 +1,6 @@
 """The folder that `triptych embed` writes: whose it is, what is done, and what makes it complete.
 
-    vectors/*.parquet      a row each picture and caption: unit, ordinal, id, image_id, uri, caption, image_vector,
+    vectors/*.parquet      a row each image and caption: unit, ordinal, id, image_id, uri, caption, image_vector,
                            text_vector, thumbnail
     skipped.parquet        the ledger: every sample that is not among them, and why
     img_emb/ text_emb/ metadata/     the same vectors in clip-retrieval's layout (img_emb_0.npy, ...), row by row

@@ -1,7 +1,7 @@
 """A corpus through both encoders of a model, to vectors: Ray Data reads, decodes, encodes and writes.
 
-A row is one picture with one of its captions, as evaluation counts pairs: a picture with five captions has five rows,
-which say the same `image_id`; an index holds the picture once and finds it by any of them.
+A row is one image with one of its captions, as evaluation counts pairs: an image with five captions has five rows,
+which say the same `image_id`; an index holds the image once and finds it by any of them.
 """
 
 import logging
@@ -60,7 +60,7 @@ class EmbedResult:
     samples: int
     """Samples that were encoded, in all runs."""
     rows: int
-    """Pictures with a caption each."""
+    """Images with a caption each."""
     skipped: int
     reasons: dict[str, int]
     """Of the skipped, the most frequent first."""

@@ -18,7 +18,7 @@ SKIPPED = "_skipped"
 """Folder of ledger rows below the vectors, while a job runs; the leading _ hides it from readers of the vectors."""
 _PLAIN = ("image_vector", "text_vector")
 _ROW_GROUP = 4096
-_DICTIONARY_BYTES = 16 * 2**20  # so that the thumbnail of a picture with several captions is stored once
+_DICTIONARY_BYTES = 16 * 2**20  # so that the thumbnail of an image with several captions is stored once
 
 
 class VectorSink(BlockBasedFileDatasink):  # type: ignore[misc]  # Ray is not typed

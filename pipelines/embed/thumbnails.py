@@ -1,4 +1,4 @@
-"""Small pictures for search results."""
+"""Small images for search results."""
 
 import io
 
@@ -15,7 +15,7 @@ _QUALITY = 80
 def thumbnail(data: bytes, side: int = SIDE) -> bytes | None:
     """A JPEG of at most `side` pixels a side, upright, without metadata; the aspect is kept, nothing is enlarged.
 
-    None where the picture cannot be decoded; limits on its size are the caller's (`models.images.open_image`).
+    None where the image cannot be decoded; limits on its size are the caller's (`models.images.open_image`).
     """
     with decoding():
         try:

@@ -37,7 +37,7 @@ class _Register:
         self.skipped = 0
 
     def take(self, rows: Mapping[str, np.ndarray]) -> tuple[list[int], list[str]]:
-        """The places of pictures not seen before, and all captions, of a batch's good rows."""
+        """The places of images not seen before, and all captions, of a batch's good rows."""
         fresh: list[int] = []
         texts: list[str] = []
         for place, reason in enumerate(rows["reason"]):

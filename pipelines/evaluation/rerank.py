@@ -16,7 +16,7 @@ from models.metrics import Relevance, best_ranks, recall_at
 logger = logging.getLogger(__name__)
 
 BATCH = 256
-"""Pictures, captions or pairs in one pass."""
+"""Images, captions or pairs in one pass."""
 UNRANKED = -100.0
 """Score of a pair that the fusion encoder has not seen (TCL's evaluation)."""
 _QUERIES = 1024
@@ -39,7 +39,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Encoded pictures and captions; a picture with several captions, or in several rows, is there once."""
+    """Encoded images and captions; an image with several captions, or in several rows, is there once."""
 
     images: Tensor
     """(I, D), unit length"""
@@ -65,9 +65,9 @@ def _pair_logits(tokens: Tokens, images: Tensor, captions: Tensor, match: Match,
     keys, back = torch.unique(images * len(tokens.text) + captions, return_inverse=True)
     logits = []
     for some in keys.split(BATCH):
-        pictures, which = torch.unique_consecutive(some // len(tokens.text), return_inverse=True)
+        images, which = torch.unique_consecutive(some // len(tokens.text), return_inverse=True)
         rows = some % len(tokens.text)
-        inputs = (tokens.text[rows], tokens.mask[rows], tokens.image[pictures], which)
+        inputs = (tokens.text[rows], tokens.mask[rows], tokens.image[images], which)
         logits.append(match(*(tensor.to(device) for tensor in inputs))[:, 1].float().cpu())
     return torch.cat(logits)[back]
 
@@ -101,7 +101,7 @@ def two_stage_scores(
     images = nearest(text_features, image_features, top).cpu()
     logits_i2t, logits_t2i = _both_ways(
         Tokens(image_tokens, text_tokens, text_mask),
-        lambda text, mask, pictures, which: match_logits_fn(text, mask, pictures[which]),
+        lambda text, mask, images, which: match_logits_fn(text, mask, images[which]),
         image_tokens.device,
         (torch.arange(len(captions)), captions),
         (torch.arange(len(images)), images),
@@ -116,8 +116,8 @@ def _matcher(fusion: FusionEncoder) -> Match:
     head = fusion.matching
     assert head is not None
 
-    def match(text: Tensor, mask: Tensor, pictures: Tensor, which: Tensor) -> Tensor:
-        memory = [layer.rows(which) for layer in fusion.image_memory(pictures)]
+    def match(text: Tensor, mask: Tensor, images: Tensor, which: Tensor) -> Tensor:
+        memory = [layer.rows(which) for layer in fusion.image_memory(images)]
         return head(fusion(text, mask, memory)[:, 0])
 
     return match

@@ -59,7 +59,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Frame:
-    """The rectangle that two axes span, in the picture's coordinates."""
+    """The rectangle that two axes span, in the image's coordinates."""
 
     x: Axis
     y: Axis
@@ -150,7 +150,7 @@ def _drawing(chart: Chart, series: Mapping[str, Series]) -> str:
 
 
 def line(placed: Series, index: int, kind: str = "line") -> str:
-    """A curve through points of the picture, in the colour and dashes of its number."""
+    """A curve through points of the image, in the colour and dashes of its number."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
     dash = f' stroke-dasharray="{_DASHES[index % 4]}"' if kind == "line" and index % 4 else ""
     return f'<path class="{kind} s{index % 4}" d="M{path}"{dash}/>'

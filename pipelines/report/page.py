@@ -1,4 +1,4 @@
-"""HTML pages: one file each, nothing from outside (styles, charts, pictures are in the page), readable on a phone."""
+"""HTML pages: one file each, nothing from outside (styles, charts, images are in the page), readable on a phone."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _DEPTHS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class ContactRow:
-    """A caption, its best pictures (JPEG, PNG, GIF or WebP bytes, best first), which are right, and a remark."""
+    """A caption, its best images (JPEG, PNG, GIF or WebP bytes, best first), which are right, and a remark."""
 
     caption: str
     images: Sequence[bytes]
@@ -90,7 +90,7 @@ def _recall_note(metrics: Mapping[str, float]) -> str:
     """What was scored."""
     if not metrics.get("images") or not metrics.get("captions"):
         return ""
-    note = f"{int(metrics['captions']):,} captions and {int(metrics['images']):,} pictures that training never saw."
+    note = f"{int(metrics['captions']):,} captions and {int(metrics['images']):,} images that training never saw."
     if metrics.get("rerank_queries") and metrics.get("rerank_top"):
         top, queries = int(metrics["rerank_top"]), int(metrics["rerank_queries"])
         note += f" Re-ranked: the first {top} candidates of {queries:,} queries."
@@ -109,19 +109,19 @@ def _recall_table(metrics: Mapping[str, float]) -> str:
 
 
 def _contact_sheet(rows: Sequence[ContactRow]) -> str:
-    """Captions, each with its pictures; right ones have a thick border and a tick."""
-    key = f"<p>Each caption with the pictures it finds first, best on the left. {_TICK} marks the right one.</p>"
+    """Captions, each with its images; right ones have a thick border and a tick."""
+    key = f"<p>Each caption with the images it finds first, best on the left. {_TICK} marks the right one.</p>"
     return key + f'<ol class="sheet">{"".join(map(_contact_row, rows))}</ol>'
 
 
 def _contact_row(row: ContactRow) -> str:
-    pictures = "".join(
+    images = "".join(
         f'<li{" class=right" if right else ""}><img src="{_data_uri(image)}" loading="lazy" '
         f'alt="Rank {rank}{", right" if right else ""}">{_TICK if right else ""}</li>'
         for rank, (image, right) in enumerate(zip(row.images, row.right, strict=True), start=1)
     )
     remark = f'<p class="remark">{escape(row.remark)}</p>' if row.remark else ""
-    return f'<li><p class="caption">{escape(row.caption)}</p>{remark}<ol class="hits">{pictures}</ol></li>'
+    return f'<li><p class="caption">{escape(row.caption)}</p>{remark}<ol class="hits">{images}</ol></li>'
 
 
 def _validation(validation: Mapping[str, Series]) -> str:
@@ -148,10 +148,10 @@ def facts_list(facts: Mapping[str, str]) -> str:
 
 
 def _data_uri(image: bytes) -> str:
-    """The picture as part of the page; raises ValueError for bytes of another kind."""
+    """The image as part of the page; raises ValueError for bytes of another kind."""
     kind = next((kind for signature, kind in _SIGNATURES.items() if image.startswith(signature)), None)
     if kind is None:
-        raise ValueError(f"a picture for a page must be JPEG, PNG, GIF or WebP, not {image[:8]!r}")
+        raise ValueError(f"an image for a page must be JPEG, PNG, GIF or WebP, not {image[:8]!r}")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a run's codes and embeddings, and what to do about it: the bounds of codebook spec 5."""
+"""What is wrong with a run's codes and embeddings, and what to do about it: the bounds of docs/spec/codebook.md 5."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -110,8 +110,8 @@ ROWS: tuple[Row, ...] = (
         (lambda _: 0.2, lambda _: 0.05, None),
         "predictions are nearly one code each; raise objective.codebook.eps and objective.codebook.tau",
     ),
-    # Within 2 % of 1 (codebook spec 3.6: identical or very few samples). The floor of 3.6 holds by itself. A mean
-    # largest target near 1 is only sharp, and teaches.
+    # Within 2 % of 1 (docs/spec/codebook.md 3.6: identical or very few samples). The floor of 3.6 holds by itself. A
+    # mean largest target near 1 is only sharp, and teaches.
     Row(
         "codebook/H_target",
         "above",
@@ -140,7 +140,7 @@ ROWS: tuple[Row, ...] = (
         (None, lambda a: 0.9 if a.ppl_share < 0.1 else math.inf, None),
         "pairs agree because few codes are in use; set objective.codebook.balance 1, or raise objective.weights.cma",
     ),
-    # Three iterations leave a mean relative error of 0.18 to 0.25 (codebook spec 3.2).
+    # Three iterations leave a mean relative error of 0.18 to 0.25 (docs/spec/codebook.md 3.2).
     _above(
         "codebook/marg_l1",
         0.25,
@@ -178,7 +178,7 @@ ROWS: tuple[Row, ...] = (
     _drift("embedding/ts_drift_v", "images"),
     _drift("embedding/ts_drift_t", "texts"),
 )
-"""Every row of codebook spec 5 that has a healthy range or an alarm, one side each; non-finite numbers aside."""
+"""Every row of docs/spec/codebook.md 5 with a healthy range or an alarm, one side each; non-finite numbers aside."""
 
 
 class Alarms:

@@ -1,4 +1,4 @@
-"""A training checkpoint's folder (design contract 4): what is in it, written and read back."""
+"""A training checkpoint's folder (docs/formats.md, contract 4): what is in it, written and read back."""
 
 import json
 import logging

@@ -11,7 +11,7 @@ from pipelines.step.state import StepSettings, TrainState
 from pipelines.train.alarms import Alarm, Alarms
 
 REPAIR_UNTIL = 0.9
-"""Dead codes are left alone in the last tenth of a run (codebook spec 4.1)."""
+"""Dead codes are left alone in the last tenth of a run (docs/spec/codebook.md 4.1)."""
 
 
 class TrainingStopped(RuntimeError):

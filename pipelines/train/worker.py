@@ -268,7 +268,7 @@ def planned_samples(experiment: ExperimentConfig, count: int) -> int:
 
 
 def preprocessor(experiment: ExperimentConfig) -> PreprocessorConfig:
-    """What serving must do to a picture and a caption to see what training saw."""
+    """What serving must do to an image and a caption to see what training saw."""
     return PreprocessorConfig(
         image_size=experiment.encoder.vision.image_size,
         max_tokens=experiment.encoder.text.max_tokens,

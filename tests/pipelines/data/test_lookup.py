@@ -100,14 +100,14 @@ def test_members_with_odd_names(tmp_path):
     ("uri", "words"),
     [
         ("0.parquet#row=40", "no such row; it has 3"),
-        ("0.parquet#row=1", "no picture in this row"),
+        ("0.parquet#row=1", "no image in this row"),
         ("no.parquet#row=1", "no such path"),
         ("bad.parquet#row=0", "bad.parquet"),
         ("0.tar#key9.jpg", "no member key9.jpg"),
         ("bad.tar#key1.jpg", "not a readable tar"),
         ("no.tar#key1.jpg", "no such path"),
         ("no.jpg", "no such path"),
-        ("other.parquet#row=0", "no column image of pictures"),
+        ("other.parquet#row=0", "no column image of images"),
         ("http://example.com/a.jpg", "not a path that can be read"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The bounds of codebook spec 5: each fires beyond its number and not at it, once, and not before it is armed."""
+"""The bounds of docs/spec/codebook.md 5: each fires once, beyond its number, when it is armed."""
 
 import math
 import re
