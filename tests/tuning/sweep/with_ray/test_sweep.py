@@ -304,7 +304,7 @@ def test_a_new_driver_goes_on_with_the_runs_of_the_old_one(ray_local, store, tmp
 
 
 def test_a_trial_that_never_trained_and_a_lost_repeat_are_in_the_record_with_their_reason(ray_local, store, tmp_path):
-    from tuning.recorder import Recorder
+    from tuning.sweep.recorder import Recorder
 
     recorder = Recorder(recorded(tmp_path, 1), str(tmp_path / "sweep"), "manifest")
     recorder.add("t07", {})
