@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from models.config import InputError
 from models.objectives import ScheduleState, assigns, check_codebook, coefficients
 from pipelines import storage
-from pipelines.cli.flags import leaves
 from pipelines.config import ExperimentConfig
 
 Kind = Literal["grid", "choice", "uniform", "loguniform"]
@@ -225,7 +224,7 @@ def _dimension(key: str, entry: Any) -> Dimension:
 
 def _checked(space: Space, base: ExperimentConfig) -> Space:
     """The space with values as the configuration reads them; raises InputError for a key or any value that is wrong."""
-    known = [key for key, _, _ in leaves(base)]
+    known = [key for key, _, value in base.leaves() if not isinstance(value, dict)]  # a backbone fills in its own
     checked: Space = {}
     for key, (kind, values) in space.items():
         if key not in known:
