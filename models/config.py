@@ -27,6 +27,14 @@ class InputError(Exception):
         super().__init__(redact(str(text)))
 
 
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"learning_rate": 1e-3}} -> {"optim.learning_rate": 1e-3}; empty mappings vanish."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 class Config(BaseModel):
     """Immutable, without unknown keys; the strings under the fields are the flags' help."""
 
