@@ -235,9 +235,9 @@ def read_json(uri: str) -> dict[str, Any]:
     try:
         document = json.loads(content)
     except ValueError as error:
-        raise InputError(f"{redact(uri)}: damaged, not JSON ({error})") from error
+        raise InputError(f"{uri}: damaged, not JSON ({error})") from error
     if not isinstance(document, dict):
-        raise InputError(f"{redact(uri)}: damaged, no JSON object")
+        raise InputError(f"{uri}: damaged, no JSON object")
     return document
 
 

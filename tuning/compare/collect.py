@@ -16,7 +16,7 @@ from models.redact import redact
 from pipelines import storage
 from pipelines.artifacts.resolve import Listed, best_of, listed_checkpoints, read_experiment
 from pipelines.config import ExperimentConfig
-from pipelines.evaluation.recall_table import mean_recall
+from pipelines.recall import mean_recall
 from pipelines.tracking.history import Histories
 from tuning.sweep.sweep_record import FILE_NAME, METRIC, Sweep, Trial
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from models.redact import redact
-from pipelines.evaluation.recall_table import mean_recall
+from pipelines.recall import mean_recall
 from tuning.compare.collect import Compared
 
 Z = 1.96

@@ -15,7 +15,7 @@ from pipelines.cluster import connect
 from pipelines.config import ExperimentConfig
 from pipelines.data.manifest import build_manifest
 from pipelines.evaluation.evaluate import evaluate_package
-from pipelines.evaluation.recall_table import mean_recall
+from pipelines.recall import mean_recall
 from pipelines.tracking.registry import SPACE, Version
 from tuning.promote.candidate import Candidate
 from tuning.promote.promotion_record import Promotion

@@ -10,7 +10,7 @@ from models.config import InputError
 from models.redact import redact
 from pipelines import storage
 from pipelines.config import ExperimentConfig
-from pipelines.evaluation.recall_table import MEAN_RECALL, mean_recall
+from pipelines.recall import MEAN_RECALL, mean_recall
 
 FILE_NAME = "sweep.json"
 METRIC = MEAN_RECALL

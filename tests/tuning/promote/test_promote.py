@@ -23,7 +23,7 @@ from models.package import health_vectors, load_package, load_tensors, save_tens
 from pipelines.artifacts.resolve import package_of
 from pipelines.cluster import connect
 from pipelines.config import PRESETS
-from pipelines.evaluation.recall_table import mean_recall
+from pipelines.recall import mean_recall
 from pipelines.tracking.registry import CHAMPION, PREVIOUS, REPLACES, SPACE, Registry
 from tests.support.promotion_cases import PAIRS, evaluate_directly, make_run, write_data
 from tuning.promote import checks
