@@ -148,3 +148,7 @@ def check_page(html: str) -> list[ET.Element]:
     charts = [ET.fromstring(svg) for svg in re.findall(r'<svg viewBox="[^"]*" role="img".*?</svg>(?=</figure>)', html)]
     assert all(svg.attrib["aria-label"] for svg in charts) and "nan" not in re.sub("[a-z]nan|nan[a-z]", "", html)
     return charts
+
+
+def marks(svg: ET.Element, kind: str) -> list[ET.Element]:
+    return [element for element in svg.iter() if kind in element.attrib.get("class", "").split()]
