@@ -22,7 +22,7 @@ from benchmarks.replay import Curves, as_json, rank, replay_asha, replay_halving
 from pipelines.config import PRESETS, ExperimentConfig
 from pipelines.data.synthetic import CorpusConfig
 from pipelines.demo.run import make_corpus
-from tuning.sweep.plan import Request
+from tuning.sweep.plan import SweepRequest
 from tuning.sweep.run_sweep import tune
 from tuning.sweep.sweep_record import FILE_NAME, Sweep
 
@@ -35,7 +35,7 @@ def run(folder: Path, base: ExperimentConfig, space: Path, scheduler: str) -> Sw
     name = "grid" if scheduler == "none" else scheduler
     there = (folder / "runs" / name / FILE_NAME).exists()
     options: dict[str, Any] = {"space": str(space), "search": "grid", "scheduler": scheduler, "resume": there}
-    return tune(Request(base.override({"name": name}), **options)).sweep
+    return tune(SweepRequest(base.override({"name": name}), **options)).sweep
 
 
 def compare(curves: Curves, planned: int, at_once: int) -> dict[str, Any]:
