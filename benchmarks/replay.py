@@ -26,7 +26,7 @@ class Replayed(NamedTuple):
 
 
 def replay_asha(curves: Curves, order: Sequence[str], planned: int, at_once: int) -> Replayed:
-    """Ray's own scheduler, asked at its rungs in the order in which trials get there."""
+    """Ray's own scheduler, which decides at its rungs in the order in which trials reach them."""
     scheduler = schedulers.tune_scheduler("asha", planned)
     pause_points = schedulers.pause_points("asha", planned, 1.0)
     waiting, running = list(order), dict[str, list[tuple[int, float]]]()

@@ -101,7 +101,7 @@ def run_folder(folder: Path, config: ExperimentConfig, checkpoints: list[dict[st
 
 
 def checkpoint(samples: float, recall: float, **more: float) -> dict[str, float]:
-    both = {f"val/{side}_retrieval_recall_at_1": recall for side in ("image", "text")}
+    both = {f"val/{modality}_retrieval_recall_at_1": recall for modality in ("image", "text")}
     return both | {METRIC: recall, "val/pairs": 500.0, "samples_seen": samples, "step": samples / 64} | HEALTH | more
 
 

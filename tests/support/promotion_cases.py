@@ -48,13 +48,13 @@ def evaluate_directly(folder: str, data: str, experiment: ExperimentConfig, rera
 
 
 def save_model(folder: Path, data: str, fitted: int, seed: int = 0) -> None:
-    """A package whose first `fitted` pictures have exactly the vectors of their captions; the others are at random."""
+    """A package whose first `fitted` images have exactly the vectors of their captions; the others are at random."""
     tokenizer = CaptionTokenizer.from_json(train_tokenizer(CAPTIONS * 2, 200).to_str())
     small = {"vision": {"image_size": 16, "width": 16, "layers": 1}, "text": {"width": 16, "layers": 1}}
     config = resolve(EncoderConfig.model_validate(small | {"embed_dim": 8}), tokenizer.vocab_size)
     torch.manual_seed(seed)
     model = DualEncoder(config, Heads()).eval()
-    for parameter in model.parameters():  # untrained weights hardly look at their input: make them
+    for parameter in model.parameters():  # untrained weights hardly depend on their input: make them
         parameter.data.mul_(4)
     preprocessor = PreprocessorConfig(image_size=16, max_tokens=config.text.max_tokens)
     save_package(folder, config, model, tokenizer, preprocessor, folder.parent.name)

@@ -199,7 +199,7 @@ class Sweep(_Record):
         return self.base.override(trial.overrides | location)
 
     def ranked(self) -> list[Trial]:
-        """Trials with a recall that did not fail: finished ones first, then by samples seen, then by recall, best first."""
+        """Trials with a recall that did not fail, best first: finished ones, then by samples, then by recall."""
         able = [
             (trial, recall)
             for trial in self.trials

@@ -9,7 +9,7 @@ from pipelines import storage
 from pipelines.config import PRESETS
 from tuning.sweep.sweep_record import FILE_NAME, METRIC, Protocol, Repeat, Sweep, Trial, run_overrides, short_names
 
-SIDES = {"val/image_retrieval_recall_at_1": 0.5, "val/text_retrieval_recall_at_1": 0.3}
+BOTH_DIRECTIONS = {"val/image_retrieval_recall_at_1": 0.5, "val/text_retrieval_recall_at_1": 0.3}
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def sweep() -> Sweep:
         trial_id="t00",
         overrides={"objective.temperature.start": 0.07, "optim.betas": [0.9, 0.98]},
         status="finished",
-        metrics=SIDES,
+        metrics=BOTH_DIRECTIONS,
         samples_seen=900,
         seconds=12.5,
         curve=[(100, 0.1), (900, 0.39)],
