@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tuning.sweep import schedulers
+from tuning.sweep.schedulers import TrialStub
 from tuning.sweep.sweep_record import METRIC, Trial
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -25,25 +26,25 @@ class Replayed(NamedTuple):
 
 
 def replay_asha(curves: Curves, order: Sequence[str], planned: int, at_once: int) -> Replayed:
-    """Ray's own scheduler, asked at its rungs in the order in which trials get there."""
+    """Ray's own scheduler, which decides at its rungs in the order in which trials reach them."""
     scheduler = schedulers.tune_scheduler("asha", planned)
-    holds = schedulers.holds("asha", planned, 1.0)
+    pause_points = schedulers.pause_points("asha", planned, 1.0)
     waiting, running = list(order), dict[str, list[tuple[int, float]]]()
     clock, used, finished = dict[str, int](), dict[str, int](), list[str]()
     now = 0
     while waiting or running:
         while waiting and len(running) < at_once:
             name = waiting.pop(0)
-            scheduler.on_trial_add(None, _Stub(name))
-            running[name], clock[name] = _reports(curves[name], holds), now
+            scheduler.on_trial_add(None, TrialStub(name))
+            running[name], clock[name] = _reports(curves[name], pause_points), now
         name = min(running, key=lambda n: (clock[n] + running[n][0][0], order.index(n)))
         seen, value = running[name].pop(0)
         now, used[name] = clock[name] + seen, seen
         result = {schedulers.TIME: seen, METRIC: value}
         if not running[name]:
             finished.append(name)
-            scheduler.on_trial_complete(None, _Stub(name), result)
-        elif scheduler.on_trial_result(None, _Stub(name), result) == scheduler.CONTINUE:
+            scheduler.on_trial_complete(None, TrialStub(name), result)
+        elif scheduler.on_trial_result(None, TrialStub(name), result) == scheduler.CONTINUE:
             continue
         del running[name]
     return Replayed(max(finished, key=lambda n: curves[n][-1][1]), sum(used.values()), finished)
@@ -72,21 +73,14 @@ def replay_halving(curves: Curves, order: Sequence[str], planned: int) -> Replay
     return Replayed(max(finished, key=lambda n: curves[n][-1][1]), samples, finished)
 
 
-def _reports(curve: Sequence[tuple[int, float]], holds: Sequence[int]) -> list[tuple[int, float]]:
-    """The validations at which a trial waits for the scheduler, and its last."""
-    held, before = [], 0
+def _reports(curve: Sequence[tuple[int, float]], pause_points: Sequence[int]) -> list[tuple[int, float]]:
+    """The validations at which a trial pauses for its scheduler, and its last."""
+    reports, before = [], 0
     for seen, value in curve[:-1]:
-        if any(before < hold <= seen for hold in holds):
-            held.append((seen, value))
+        if any(before < point <= seen for point in pause_points):
+            reports.append((seen, value))
         before = seen
-    return [*held, curve[-1]]
-
-
-class _Stub:
-    """A trial as schedulers see it."""
-
-    def __init__(self, trial_id: str) -> None:
-        self.trial_id = trial_id
+    return [*reports, curve[-1]]
 
 
 def rank(curves: Curves, name: str) -> int:
@@ -103,12 +97,13 @@ def grid_samples(curves: Curves) -> int:
 def within_error(curves: Curves, name: str, pairs: int) -> bool:
     """Whether a trial's recall is not clearly below the best: by at most two binomial errors of their difference."""
     best, own = max(points[-1][1] for points in curves.values()), curves[name][-1][1]
-    error = math.sqrt((best * (1 - best) + own * (1 - own)) / (2 * pairs))  # the mean of two sides
+    # each recall is the mean of two directions, so of 2 x pairs queries
+    error = math.sqrt((best * (1 - best) + own * (1 - own)) / (2 * pairs))
     return best - own <= 2 * error
 
 
 def as_json(replayed: Replayed, curves: Curves) -> dict[str, Any]:
-    """For a result file."""
+    """As a result file of the benchmark has it."""
     return {
         "winner": replayed.winner,
         "rank": rank(curves, replayed.winner),

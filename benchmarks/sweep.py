@@ -29,10 +29,10 @@ RATES = [0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.003, 0.0035, 0.004]
 SWEEP = """
 import json, sys
 from pipelines.config import PRESETS
-from tuning.sweep.plan import Request
+from tuning.sweep.plan import SweepRequest
 from tuning.sweep.run_sweep import tune
 preset, changes, space = json.loads(sys.argv[1])
-tune(Request(PRESETS[preset].override(changes), space=space, scheduler="none"))
+tune(SweepRequest(PRESETS[preset].override(changes), space=space, scheduler="none"))
 """
 
 

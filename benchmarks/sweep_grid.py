@@ -3,7 +3,7 @@
     python -m benchmarks.sweep_grid [--folder sweep-grid] [--samples 40000] [--preset both-dual-tiny]
 
 Trains the whole grid once (3 x 3 by default) and keeps its curves in benchmarks/results/sweep_grid.json; then a sweep
-with `--scheduler halving` for real. ASHA depends on the order in which trials come, so it is asked about the grid's
+with `--scheduler halving` for real. ASHA depends on the order in which trials come, so it is replayed on the grid's
 curves, through Ray's own scheduler, in three orders. A second call goes on where the first was stopped. About a minute
 and a half a trial of 40,000 samples on two CPU cores, two at once.
 """
@@ -22,7 +22,7 @@ from benchmarks.replay import Curves, as_json, rank, replay_asha, replay_halving
 from pipelines.config import PRESETS, ExperimentConfig
 from pipelines.data.synthetic import CorpusConfig
 from pipelines.demo.run import make_corpus
-from tuning.sweep.plan import Request
+from tuning.sweep.plan import SweepRequest
 from tuning.sweep.run_sweep import tune
 from tuning.sweep.sweep_record import FILE_NAME, Sweep
 
@@ -31,11 +31,11 @@ START, SIZE = "objective.temperature.start", "objective.codebook.size"
 
 
 def run(folder: Path, base: ExperimentConfig, space: Path, scheduler: str) -> Sweep:
-    """A sweep over the whole grid, begun or gone on with."""
+    """A sweep over the whole grid, begun or resumed."""
     name = "grid" if scheduler == "none" else scheduler
     there = (folder / "runs" / name / FILE_NAME).exists()
     options: dict[str, Any] = {"space": str(space), "search": "grid", "scheduler": scheduler, "resume": there}
-    return tune(Request(base.override({"name": name}), **options)).sweep
+    return tune(SweepRequest(base.override({"name": name}), **options)).sweep
 
 
 def compare(curves: Curves, planned: int, at_once: int) -> dict[str, Any]:

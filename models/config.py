@@ -1,12 +1,13 @@
 """What a model and its objective are made of: frozen, checked, stored beside every checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import getitem
 from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.fields import FieldInfo
 
 from models.redact import redact
 
@@ -26,6 +27,14 @@ class InputError(Exception):
         super().__init__(redact(str(text)))
 
 
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"learning_rate": 1e-3}} -> {"optim.learning_rate": 1e-3}; empty mappings vanish."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 class Config(BaseModel):
     """Immutable, without unknown keys; the strings under the fields are the flags' help."""
 
@@ -41,6 +50,15 @@ class Config(BaseModel):
                 raise KeyError(dotted)
             node[leaf] = value
         return self.model_validate(tree)
+
+    def leaves(self, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+        """(dotted key, field, value) of every field that is no section of its own, in the order of the fields."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Config):
+                yield from value.leaves(f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", field, value
 
 
 class VisionConfig(Config):

@@ -5,6 +5,7 @@ again may help, InputError itself where it will not. Bytes go through `pyarrow.f
 s3 go through s3fs, because `pyarrow.fs` has no etags.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -226,6 +227,18 @@ def _s3_entries(bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
         more = {"ContinuationToken": token} if token else {}
         page = system.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
         yield from page.get("Contents", [])
+
+
+def read_json(uri: str) -> dict[str, Any]:
+    """A JSON object; raises InputError where it is missing, not JSON or no object."""
+    content = read_bytes(uri)
+    try:
+        document = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{uri}: damaged, not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{uri}: damaged, no JSON object")
+    return document
 
 
 def upload(local_folder: str, uri: str) -> None:

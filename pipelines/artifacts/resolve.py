@@ -14,7 +14,7 @@ from models.config import PACKAGE_FORMAT, InputError
 from models.redact import redact
 from pipelines import storage
 from pipelines.config import ExperimentConfig
-from pipelines.evaluation.recall_table import mean_recall
+from pipelines.recall import mean_recall
 from pipelines.tracking.registry import SPACE, Registry, Version
 
 if TYPE_CHECKING:

@@ -43,14 +43,9 @@ def parse_two(arguments: Sequence[str], default: C, options: D) -> tuple[C, D]:
     return _changed(default, of_default), _changed(options, of_options)
 
 
-def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+def leaves(config: Config) -> Iterator[tuple[str, FieldInfo, Any]]:
     """(dotted key, field, value) of every field that a flag can set."""
-    for name, field in type(config).model_fields.items():
-        key, value = f"{prefix}{name}", getattr(config, name)
-        if isinstance(value, Config):
-            yield from leaves(value, f"{key}.")
-        elif key not in HIDDEN:
-            yield key, field, value
+    return (leaf for leaf in config.leaves() if leaf[0] not in HIDDEN)
 
 
 def flag_help(*trees: Config) -> str:

@@ -77,7 +77,7 @@ def train(words: Sequence[str]) -> int:
         return DONE if words else USAGE
     experiment, options = asked
 
-    from pipelines.evaluation.recall_table import recall_table
+    from pipelines.recall import recall_table
     from pipelines.train.fit import TrainingFailed, fit
 
     try:
@@ -99,11 +99,11 @@ def tune(words: Sequence[str]) -> int:
     base, options = asked
 
     from pipelines.train.fit import TrainingFailed
-    from tuning.sweep.plan import Request
+    from tuning.sweep.plan import SweepRequest
     from tuning.sweep.run_sweep import tune as run_sweep
 
     try:
-        outcome = run_sweep(Request(base=base, **options.model_dump()))
+        outcome = run_sweep(SweepRequest(base=base, **options.model_dump()))
     except TrainingFailed as error:
         return complain(error, FAILED)
     say(outcome.text)
@@ -184,7 +184,7 @@ def evaluate(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
 
     from pipelines.evaluation.evaluate import evaluate_model
-    from pipelines.evaluation.recall_table import recall_table
+    from pipelines.recall import recall_table
     from pipelines.storage import write_bytes
 
     metrics = evaluate_model(options.model, options.data, options.rerank_top)

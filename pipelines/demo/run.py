@@ -28,8 +28,8 @@ from pipelines.config import PRESETS, ExperimentConfig
 from pipelines.data.synthetic import CorpusConfig, synthesize
 from pipelines.demo.serving import serve_and_ask
 from pipelines.evaluation.evaluate import encode, evaluate_model
-from pipelines.evaluation.recall_table import recall_table
 from pipelines.lineage import commit
+from pipelines.recall import recall_table
 from pipelines.report.charts import Series
 from pipelines.report.page import ContactRow, TrainingPage, training_report
 from pipelines.tracking.run import EXPERIMENT, Tracker

@@ -15,7 +15,7 @@ from models.sample_rng import hash64
 from pipelines.config import ExperimentConfig
 from pipelines.data.manifest import Manifest, Unit
 from pipelines.data.ray_data import PrepareSettings, eval_batches
-from pipelines.evaluation.recall_table import MEAN_RECALL
+from pipelines.recall import MEAN_RECALL
 
 BATCH = 256
 

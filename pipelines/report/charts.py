@@ -1,6 +1,6 @@
 """Charts as inline SVG: no script, no library, nothing from outside; they scale, print and follow dark mode.
 
-Here are line charts and what every chart is made of: the figure, the axes, the frame that they span.
+Line charts, and the parts of every chart: figure, axes, the frame that they span. Coordinates are those of the SVG.
 """
 
 import math
@@ -14,7 +14,7 @@ Series = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 420, 240
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 40
 """Margins of the frame."""
-_POINTS = 400  # more are averaged in groups: a chart has no more pixels
+_POINTS = 400  # longer series are averaged in groups: a chart has no more pixels
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")  # lines differ by more than colour
 
 
@@ -39,7 +39,7 @@ class Axis:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """Where a value stands: 0 at the low end, 1 at the high one."""
+        """Position of a value along the axis: 0 at the low end, 1 at the high one."""
         low, high, value = (math.log(v) if self.log else v for v in (*self.span, value))
         return (value - low) / (high - low)
 
@@ -59,13 +59,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Frame:
-    """The rectangle that two axes span, in the image's coordinates."""
+    """The rectangle that two axes span, in the coordinates of the SVG."""
 
     x: Axis
     y: Axis
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point is drawn."""
+        """(x, y) in the SVG of a point with these values."""
         across, up = self.x.share(x) * (WIDTH - LEFT - RIGHT), self.y.share(y) * (HEIGHT - TOP - BOTTOM)
         return LEFT + across, HEIGHT - BOTTOM - up
 
@@ -86,7 +86,7 @@ class Frame:
 
 
 def figure(title: str, drawing: str, words: str, legend: Sequence[tuple[str, str]] = (), height: float = HEIGHT) -> str:
-    """A `<figure>`: title, legend of (sample, text), and the drawing, described by `words` for those who do not see it.
+    """A `<figure>`: title, legend of (sample, text), and the drawing, which `words` describe to a screen reader.
 
     An empty drawing says that there are no values.
     """
@@ -132,7 +132,7 @@ def label(value: float, step: float, percent: bool = False) -> str:
 
 
 def _drawing(chart: Chart, series: Mapping[str, Series]) -> str:
-    """Grid, axes and lines."""
+    """Grid, axes and lines; the horizontal axis begins at 0 where the values are not far from it."""
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
     across = Axis.within(0.0 if 0 <= min(xs) <= 0.5 * max(xs) else min(xs), max(xs))
@@ -149,16 +149,25 @@ def _drawing(chart: Chart, series: Mapping[str, Series]) -> str:
     return "".join(parts)
 
 
+def polyline(placed: Series) -> str:
+    """The `d` of a path through points of the SVG."""
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
+
+
 def line(placed: Series, index: int, kind: str = "line") -> str:
-    """A curve through points of the image, in the colour and dashes of its number."""
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
+    """A curve through points of the SVG, in the colour and dashes of series number `index`."""
     dash = f' stroke-dasharray="{_DASHES[index % 4]}"' if kind == "line" and index % 4 else ""
-    return f'<path class="{kind} s{index % 4}" d="M{path}"{dash}/>'
+    return f'<path class="{kind} s{index % 4}" d="{polyline(placed)}"{dash}/>'
+
+
+def legend_sample(drawing: str, height: int = 8) -> str:
+    """A small drawing, 28 wide, in front of a legend's text."""
+    return f'<svg class="sample" viewBox="0 0 28 {height}" aria-hidden="true">{drawing}</svg>'
 
 
 def sample(index: int) -> str:
-    """A piece of the series' line, for the legend."""
-    return f'<svg class="sample" viewBox="0 0 28 8" aria-hidden="true">{line([(0, 4), (28, 4)], index)}</svg>'
+    """A piece of the line of series number `index`, for the legend."""
+    return legend_sample(line([(0, 4), (28, 4)], index))
 
 
 def finite(points: Series) -> Series:
@@ -184,6 +193,6 @@ def running_mean(points: Series) -> Series:
 
 
 def _words(name: str, points: Series, percent: bool) -> str:
-    """The series for those who do not see it."""
+    """The series in words, for a screen reader."""
     first, last = (f"{y:.1%}" if percent else f"{y:.3g}" for y in (points[0][1], points[-1][1]))
     return f"{name} from {first} to {last}" if name else f"from {first} to {last}"

@@ -1,4 +1,4 @@
-"""HTML pages: one file each, nothing from outside (styles, charts, images are in the page), readable on a phone."""
+"""HTML pages of one file each, with styles, charts and images inside; readable on a phone."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from pipelines.recall import DEPTHS, DIRECTIONS, rows_with_chance
 from pipelines.report.charts import Chart, Series, line_chart
 
 _SIGNATURES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
-_DIRECTIONS = {"image_retrieval": "text to image", "text_retrieval": "image to text"}
-_DEPTHS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
 class ContactRow:
-    """A caption, its best images (JPEG, PNG, GIF or WebP bytes, best first), which are right, and a remark."""
+    """A caption and the images found for it: JPEG, PNG, GIF or WebP bytes, best first; `right` marks its own images."""
 
     caption: str
     images: Sequence[bytes]
@@ -25,7 +24,7 @@ class ContactRow:
 
 @dataclass(frozen=True)
 class TrainingPage:
-    """What the page of one training run shows; parts that are empty are left out."""
+    """Contents of the page of one training run; empty parts are left out."""
 
     title: str
     lead: str = ""
@@ -42,7 +41,7 @@ class TrainingPage:
 
 
 def training_report(path: Path, page: TrainingPage) -> None:
-    """Writes the page of a training run."""
+    """Write the page of a training run to `path`; its folders are made."""
     sections = [
         f"<header><h1>{escape(page.title)}</h1>" + (f"<p>{escape(page.lead)}</p>" if page.lead else "") + "</header>",
         section("Recall", _recall_note(page.recall) + _recall_table(page.recall)) if page.recall else "",
@@ -56,7 +55,7 @@ def training_report(path: Path, page: TrainingPage) -> None:
 
 
 def charts_page(path: Path, title: str, lead: str, charts: Sequence[Chart]) -> None:
-    """Writes a page of charts."""
+    """Write a page of charts to `path`; its folders are made."""
     drawn = "".join(map(line_chart, charts))
     body = f'<header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header><section class="charts">{drawn}</section>'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,30 +63,17 @@ def charts_page(path: Path, title: str, lead: str, charts: Sequence[Chart]) -> N
 
 
 def whole_page(title: str, body: str, style: str = "") -> str:
-    """The page around a body; `style` goes behind the common one."""
+    """A whole HTML page around a body; `style` is CSS after the common one."""
     return _PAGE.format(title=escape(title), style=_STYLE + style, body=body)
 
 
 def section(title: str, body: str) -> str:
-    """A part of a page under a heading."""
+    """A section of a page, under a heading."""
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
-def recall_rows(metrics: Mapping[str, float]) -> list[tuple[str, list[float]]]:
-    """Rows of the recall table, those that `metrics` has: (what, [recall at 1, 5, 10]); the last one is chance."""
-    rows = []
-    for task, direction in _DIRECTIONS.items():
-        for suffix, stage in (("", ""), ("_reranked", ", re-ranked")):
-            names = [f"{task}_recall_at_{depth}{suffix}" for depth in _DEPTHS]
-            if all(name in metrics for name in names):
-                rows.append((direction + stage, [metrics[name] for name in names]))
-    if rows and metrics.get("images"):
-        rows.append(("chance, text to image", [min(1.0, depth / metrics["images"]) for depth in _DEPTHS]))
-    return rows
-
-
 def _recall_note(metrics: Mapping[str, float]) -> str:
-    """What was scored."""
+    """A sentence on how many captions and images were scored; empty where that is not known."""
     if not metrics.get("images") or not metrics.get("captions"):
         return ""
     note = f"{int(metrics['captions']):,} captions and {int(metrics['images']):,} images that training never saw."
@@ -98,12 +84,12 @@ def _recall_note(metrics: Mapping[str, float]) -> str:
 
 
 def _recall_table(metrics: Mapping[str, float]) -> str:
-    head = "".join(f'<th scope="col">at {depth}</th>' for depth in _DEPTHS)
+    head = "".join(f'<th scope="col">at {depth}</th>' for depth in DEPTHS)
     rows = "".join(
         f'<tr><th scope="row">{escape(what)}</th>'
         + "".join(f"<td>{value * 100:.1f}%</td>" for value in values)
         + "</tr>"
-        for what, values in recall_rows(metrics)
+        for what, values in rows_with_chance(metrics)
     )
     return f'<table><thead><tr><th scope="col">Recall</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
@@ -127,8 +113,8 @@ def _contact_row(row: ContactRow) -> str:
 def _validation(validation: Mapping[str, Series]) -> str:
     """Recall against samples seen, a chart for each direction."""
     charts = []
-    for task, direction in _DIRECTIONS.items():
-        names = {f"at {depth}": f"{task}_recall_at_{depth}" for depth in reversed(_DEPTHS)}
+    for task, direction in DIRECTIONS.items():
+        names = {f"at {depth}": f"{task}_recall_at_{depth}" for depth in reversed(DEPTHS)}
         series = {label: validation[name] for label, name in names.items() if name in validation}
         if series:
             charts.append(line_chart(Chart(f"Recall, {direction}", "samples seen", series, percent=True)))
@@ -143,12 +129,12 @@ def _losses(losses: Mapping[str, Series]) -> str:
 
 
 def facts_list(facts: Mapping[str, str]) -> str:
-    """Names and what they are, side by side."""
+    """{name: value} as a description list."""
     return "<dl>" + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()) + "</dl>"
 
 
 def _data_uri(image: bytes) -> str:
-    """The image as part of the page; raises ValueError for bytes of another kind."""
+    """The image as a `data:` URI; raises ValueError for bytes of another format."""
     kind = next((kind for signature, kind in _SIGNATURES.items() if image.startswith(signature)), None)
     if kind is None:
         raise ValueError(f"an image for a page must be JPEG, PNG, GIF or WebP, not {image[:8]!r}")

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from models.config import InputError
+from models.config import InputError, dotted
 from models.redact import redact
 from pipelines.tracking.outbox import Courier, Outbox, Point
 from pipelines.tracking.server import SQLITE, probe, reason, resolve_uri
@@ -41,15 +41,11 @@ _REFUSALS = {  # MLflow's error code -> what to do, "": MLflow's own words; ever
 }
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, str]:
     """{"optim": {"learning_rate": 1e-3}} -> {"optim.learning_rate": "0.001"}; lists become JSON."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list | tuple) else str(value)
-    return flat
+    return {
+        key: json.dumps(value) if isinstance(value, list | tuple) else str(value) for key, value in dotted(tree).items()
+    }
 
 
 def check_key(key: str) -> str:

@@ -21,8 +21,8 @@ from pipelines.cluster import connect
 from pipelines.cluster.capacity import require_capacity
 from pipelines.config import ExperimentConfig
 from pipelines.evaluation.evaluate import evaluate_package
-from pipelines.evaluation.recall_table import MEAN_RECALL
 from pipelines.lineage import commit
+from pipelines.recall import MEAN_RECALL
 from pipelines.tracking.run import EXPERIMENT, Status, Tracker, flatten
 from pipelines.train.events import Event, Listener, step_line, validation_line
 from pipelines.train.prepare import Prepared, named, prepare

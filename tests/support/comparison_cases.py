@@ -101,7 +101,7 @@ def run_folder(folder: Path, config: ExperimentConfig, checkpoints: list[dict[st
 
 
 def checkpoint(samples: float, recall: float, **more: float) -> dict[str, float]:
-    both = {f"val/{side}_retrieval_recall_at_1": recall for side in ("image", "text")}
+    both = {f"val/{modality}_retrieval_recall_at_1": recall for modality in ("image", "text")}
     return both | {METRIC: recall, "val/pairs": 500.0, "samples_seen": samples, "step": samples / 64} | HEALTH | more
 
 
@@ -148,3 +148,7 @@ def check_page(html: str) -> list[ET.Element]:
     charts = [ET.fromstring(svg) for svg in re.findall(r'<svg viewBox="[^"]*" role="img".*?</svg>(?=</figure>)', html)]
     assert all(svg.attrib["aria-label"] for svg in charts) and "nan" not in re.sub("[a-z]nan|nan[a-z]", "", html)
     return charts
+
+
+def marks(svg: ET.Element, kind: str) -> list[ET.Element]:
+    return [element for element in svg.iter() if kind in element.attrib.get("class", "").split()]

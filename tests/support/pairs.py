@@ -13,6 +13,11 @@ from PIL import Image
 from pipelines import storage
 
 
+def png(colour: str) -> bytes:
+    """An image of one colour."""
+    return encoded(Image.new("RGB", (8, 8), colour), "PNG")
+
+
 def jpeg(seed: int, width: int = 32, height: int = 32, **options: Any) -> bytes:
     """A smooth random picture."""
     noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from models.config import EncoderConfig
@@ -16,10 +17,13 @@ from pipelines.data.ray_data import PrepareSettings
 from pipelines.data.reader import read_units
 from pipelines.data.transforms import prepare_eval
 from pipelines.evaluation.evaluate import score
+from pipelines.recall import mean_recall
 from pipelines.tracking.run import EXPERIMENT, Tracker
 from tests.support.pairs import make_pairs, write_parquet_pairs
+from tuning.promote.promote import PromotionRefused, promote
 
 PAIRS = 12
+
 CAPTIONS = [pair["caption"] for pair in make_pairs(PAIRS)]
 
 
@@ -44,13 +48,13 @@ def evaluate_directly(folder: str, data: str, experiment: ExperimentConfig, rera
 
 
 def save_model(folder: Path, data: str, fitted: int, seed: int = 0) -> None:
-    """A package whose first `fitted` pictures have exactly the vectors of their captions; the others are at random."""
+    """A package whose first `fitted` images have exactly the vectors of their captions; the others are at random."""
     tokenizer = CaptionTokenizer.from_json(train_tokenizer(CAPTIONS * 2, 200).to_str())
     small = {"vision": {"image_size": 16, "width": 16, "layers": 1}, "text": {"width": 16, "layers": 1}}
     config = resolve(EncoderConfig.model_validate(small | {"embed_dim": 8}), tokenizer.vocab_size)
     torch.manual_seed(seed)
     model = DualEncoder(config, Heads()).eval()
-    for parameter in model.parameters():  # untrained weights hardly look at their input: make them
+    for parameter in model.parameters():  # untrained weights hardly depend on their input: make them
         parameter.data.mul_(4)
     preprocessor = PreprocessorConfig(image_size=16, max_tokens=config.text.max_tokens)
     save_package(folder, config, model, tokenizer, preprocessor, folder.parent.name)
@@ -85,3 +89,24 @@ def make_run(run: Path, data: str, fitted: int, status: str | None = "FINISHED",
         tracker.finish(status)
         (run / "mlflow.json").write_text(json.dumps({"run_id": tracker.run_id}))
     return str(run)
+
+
+def state(registry, name):
+    """Aliases, and the numbers of all versions."""
+    return registry.aliases(name), [version.number for version in registry.versions(name)]
+
+
+def nothing_held(registry, name):
+    return registry._holder(f"{name}.promoting") == {}
+
+
+def refused(run, name, hint, **options):
+    """Promotion refuses in one line with the hint; returns the record."""
+    with pytest.raises(PromotionRefused, match=hint) as caught:
+        promote(str(run), name, **options)
+    assert "\n" not in str(caught.value)
+    return caught.value.promotion
+
+
+def recall_of(run):
+    return mean_recall(json.loads((run / "metrics.json").read_text()))

@@ -1,10 +1,9 @@
-"""What is compared: runs and the trials of sweeps, each with its settings, scores, cost and state.
+"""Read what is compared: runs and the trials of sweeps, each with its settings, scores, cost and state.
 
-Read from run folders and sweep folders, local or on object storage. A run's learning curve and time come from MLflow
-where it can be reached, else from the list of its checkpoints.
+Folders lie on a disk or on object storage. A run's learning curve and time come from MLflow where it can be reached,
+else from the list of its checkpoints.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,51 +15,51 @@ from models.redact import redact
 from pipelines import storage
 from pipelines.artifacts.resolve import Listed, best_of, listed_checkpoints, read_experiment
 from pipelines.config import ExperimentConfig
-from pipelines.evaluation.recall_table import mean_recall
-from pipelines.tracking.history import Histories
+from pipelines.recall import mean_recall
+from pipelines.tracking.history import Histories, History
 from tuning.sweep.sweep_record import FILE_NAME, METRIC, Sweep, Trial
 
 logger = logging.getLogger(__name__)
 
 HEALTH = ("codebook/", "embedding/")
-"""Metrics of a run's codes and vectors, measured while it trains."""
-_READERS = 16
+"""Prefixes of the metrics of codes and vectors that are measured while a run trains."""
+_READERS = 16  # threads: object storage answers slowly, but many requests at once
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A run or a trial."""
+    """A run or a trial of a sweep, as far as its files and MLflow tell."""
 
     name: str
     where: str
-    """Its run folder."""
+    """URI of its run folder."""
     config: ExperimentConfig
     status: str
     """finished, pruned, failed, stopped, running, pending, or unfinished: not over, and nothing says that it runs."""
     reason: str = ""
     sweep: str = ""
-    """Folder of its sweep, if it is a trial."""
+    """URI of its sweep's folder; "" for a run of its own."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """What its sweep set, by dotted key."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of the packaged model where finished, else of the last validation; the health of codes as last measured."""
+    """Scores of the packaged model where finished, else of the last validation; `HEALTH` as last measured."""
     curve: Sequence[tuple[float, float]] = ()
     """(samples seen, recall) at each validation on the validation sample."""
     sample_pairs: float = 0.0
     """Pairs of that sample; 0 where it is not known."""
     samples: float = 0.0
-    """Samples seen, repeats aside."""
+    """Samples seen, without repeats."""
     seconds: float = 0.0
-    """0 where it is not known."""
+    """Wall time; 0 where it is not known."""
     alarms: Sequence[str] = ()
     repeats: Sequence[Mapping[str, float]] = ()
     """Metrics of the same settings with other seeds."""
     protocol: Mapping[str, str] = field(default_factory=dict)
-    """How it was scored, as far as that is known: equal fields, comparable scores."""
+    """{what: value} of how it was scored, as far as known; scores are comparable where no value differs."""
 
     @property
     def recall(self) -> float | None:
-        """First-stage recall@1, mean of both ways; None where it was not measured."""
+        """First-stage recall@1, mean of both directions; None where it was not measured."""
         return mean_recall(self.metrics)
 
 
@@ -92,6 +91,7 @@ def _unique(items: list[Compared]) -> list[Compared]:
 
 
 def _trials(uri: str, with_name: bool) -> list[Compared]:
+    """All trials of a sweep; `with_name`: called SWEEP/TRIAL instead of TRIAL."""
     sweep = Sweep.load(uri)
     prefix = f"{sweep.name}/" if with_name else ""
     with ThreadPoolExecutor(_READERS) as pool:
@@ -139,53 +139,66 @@ def _health(run: str, metrics: Mapping[str, float], status: str) -> dict[str, fl
 # Runs
 
 
+_UNKNOWN = History("", 0.0, [], {})
+"""The history of a run that MLflow does not have, or cannot be asked about."""
+
+
 def _run(uri: str, histories: Histories) -> Compared:
-    config_uri = storage.join(uri, "config.json")
-    wrong = f"{uri}: neither a run folder nor a sweep folder; give OUT/NAME of `triptych train` or `triptych tune`"
-    if not storage.exists(config_uri) or storage.exists(storage.join(uri, "position.json")):
-        raise InputError(wrong)
-    if _json(config_uri).get("format"):  # an encoder package
-        raise InputError(wrong)
-    config = read_experiment(config_uri)
-    checkpoints = listed_checkpoints(uri)
-    record = storage.join(uri, "mlflow.json")
-    run_id = str(_json(record).get("run_id", "")) if storage.exists(record) else ""
-    past = histories.read(run_id, METRIC)
-    metrics_uri = storage.join(uri, "metrics.json")
-    finished = storage.exists(metrics_uri)
+    """A run of its own; raises InputError where the folder is none."""
+    config = _config(uri)
+    checkpoints, tracked = listed_checkpoints(uri), _json_if_there(uri, "mlflow.json") or {}
+    history = histories.read(str(tracked.get("run_id", "")), METRIC) or _UNKNOWN
+    scores = _json_if_there(uri, "metrics.json")  # written last: with it, the run has finished
+    status = _STATUS.get(history.status, "unfinished") if scores is None else "finished"
     latest = dict(checkpoints[-1].metrics) if checkpoints else {}
-    metrics = _health(uri, {}, "finished" if finished else "unfinished") | (_json(metrics_uri) if finished else latest)
-    curve = past.curve if past and past.curve else _curve(checkpoints)
+    metrics = _health(uri, {}, status) | (latest if scores is None else scores)
+    curve = history.curve or _curve(checkpoints)
     return Compared(
         name=config.name or uri.rsplit("/", 1)[-1],
         where=uri,
         config=config,
-        status="finished" if finished else _STATUS.get(past.status if past else "", "unfinished"),
+        status=status,
         metrics=metrics,
         curve=curve,
         sample_pairs=latest.get("val/pairs", 0.0),
         samples=max([latest.get("samples_seen", 0.0), *(samples for samples, _ in curve)]),
-        seconds=past.seconds if past else 0.0,
-        protocol=_protocol(config, metrics, past.tags.get("triptych.val_manifest", "") if past else ""),
+        seconds=history.seconds,
+        protocol=_protocol(config, metrics, history.tags.get("triptych.val_manifest", "")),
     )
 
 
 _STATUS = {"RUNNING": "running", "FAILED": "failed", "KILLED": "stopped"}
 
 
+def _config(run: str) -> ExperimentConfig:
+    """The run's configuration; raises InputError where the folder is a checkpoint, a package or nothing of ours."""
+    uri = storage.join(run, "config.json")
+    is_checkpoint = storage.exists(storage.join(run, "position.json"))
+    if not storage.exists(uri) or is_checkpoint or storage.read_json(uri).get("format"):  # only a package has a format
+        raise InputError(
+            f"{run}: neither a run folder nor a sweep folder; give OUT/NAME of `triptych train` or `triptych tune`"
+        )
+    return read_experiment(uri)
+
+
+def _json_if_there(run: str, name: str) -> dict[str, Any] | None:
+    uri = storage.join(run, name)
+    return storage.read_json(uri) if storage.exists(uri) else None
+
+
 def _curve(checkpoints: Sequence[Listed]) -> list[tuple[float, float]]:
-    """What the checkpoints that were kept know of it."""
+    """The learning curve as far as the checkpoints that were kept have it."""
     points = ((c.metrics.get("samples_seen"), c.metrics.get(METRIC)) for c in checkpoints)
     return sorted((float(samples), float(value)) for samples, value in points if samples and value is not None)
 
 
 def _protocol(config: ExperimentConfig, metrics: Mapping[str, float], manifest: str) -> dict[str, str]:
-    """How recall was measured: on what, how much of it, and how that was read."""
+    """How recall was measured: on which data, how many, and read how."""
     pairs = config.pairs
     fields = {
         "validation data": config.val_data,
         "validation manifest": manifest,
-        "pictures scored": _count(metrics, "val/images"),
+        "images scored": _count(metrics, "val/images"),
         "captions scored": _count(metrics, "val/captions"),
         "columns": f"{pairs.image_column}, {pairs.caption_column}, {pairs.image_id_column}",
         "words of a caption": str(pairs.max_caption_words),
@@ -195,14 +208,3 @@ def _protocol(config: ExperimentConfig, metrics: Mapping[str, float], manifest: 
 
 def _count(metrics: Mapping[str, float], name: str) -> str:
     return f"{int(metrics[name]):,}" if name in metrics else ""
-
-
-def _json(uri: str) -> dict[str, Any]:
-    """A JSON object; raises InputError where it is damaged."""
-    try:
-        document = json.loads(storage.read_bytes(uri))
-    except ValueError as error:
-        raise InputError(f"{uri}: damaged, not JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{uri}: damaged, no JSON object")
-    return document

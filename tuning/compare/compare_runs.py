@@ -1,4 +1,4 @@
-"""`triptych compare`: runs and sweeps in, a table and a page out."""
+"""`triptych compare`: read runs and sweeps, print a table and write a page."""
 
 import logging
 import tempfile
@@ -20,16 +20,17 @@ logger = logging.getLogger(__name__)
 REPORT = "report.html"
 
 
-class Outcome(NamedTuple):
-    """What `triptych compare` has to say."""
+class CompareOutcome(NamedTuple):
+    """Result of a comparison."""
 
     text: str
+    """The table with headline and remarks, as the command prints it."""
     report: str
     """URI of the page; "" where none was written."""
 
 
-def compare_runs(paths: Sequence[str], out: str | None = None) -> Outcome:
-    """Compare SWEEP|RUN...: the table, and the page in OUT, for one sweep by itself in its own folder.
+def compare_runs(paths: Sequence[str], out: str | None = None) -> CompareOutcome:
+    """Compare the runs and sweeps in these folders; the page goes to `out`, or of a single sweep into its own folder.
 
     The page of one sweep is also an artifact of its run in MLflow. Raises InputError for a path that is neither.
     """
@@ -38,7 +39,7 @@ def compare_runs(paths: Sequence[str], out: str | None = None) -> Outcome:
     sweep = _one_sweep(paths)
     folder = out or (storage.make_absolute(paths[0]) if sweep else "")
     if not folder:
-        return Outcome(text, "")
+        return CompareOutcome(text, "")
     page = comparison_page(comparison, sweep)
     uri = storage.join(storage.make_absolute(folder), REPORT)
     try:
@@ -46,22 +47,16 @@ def compare_runs(paths: Sequence[str], out: str | None = None) -> Outcome:
     except InputError as error:
         if out:
             raise
-        logger.warning("no report: %s; --out writes it elsewhere", error)  # somebody else's sweep: the table stays
-        return Outcome(text, "")
+        # Nobody asked for this page, and the sweep may be somebody else's: the table is printed all the same.
+        logger.warning("no report: %s; --out writes it elsewhere", error)
+        return CompareOutcome(text, "")
     if sweep and sweep.mlflow_run_id:
         publish(page, sweep.mlflow_run_id)
-    return Outcome(text, uri)
-
-
-def sweep_report(uri: str) -> str:
-    """Write the page of a sweep into its folder, and return it; `publish` stores it in MLflow."""
-    page = comparison_page(compare(gather([uri])), Sweep.load(uri))
-    storage.write_bytes(storage.join(uri, REPORT), page.encode())
-    return page
+    return CompareOutcome(text, uri)
 
 
 def publish(page: str, run_id: str) -> bool:
-    """Store the page as an artifact of a run in MLflow; returns whether it is there."""
+    """Store the page as an artifact of a run in MLflow; returns whether that worked."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / REPORT
         file.write_text(page, encoding="utf-8")

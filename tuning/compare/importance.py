@@ -1,4 +1,4 @@
-"""What mattered: how much of the differences in recall each setting accounts for; and which runs are worth their cost.
+"""How much of the differences in recall each setting accounts for; and which runs are worth their cost.
 
 Simple on purpose, without models of the response:
  - A setting with few values (a grid's, a choice's, words): the share of variance between the means of its groups,
@@ -13,54 +13,54 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tuning.compare.ranking import Comparison, Row
+from tuning.compare.ranking import Comparison, ComparisonRow
 
 LEAST = 4
-"""Runs that shares are computed of."""
+"""Fewest runs for which shares are computed."""
 ENDED = ("finished", "pruned")
 
 
-class Share(NamedTuple):
+class SettingShare(NamedTuple):
     """A setting's share of the variance of recall."""
 
     key: str
     share: float
     chance: float
-    """Expected of a setting without any influence."""
+    """The share to be expected of a setting without influence."""
 
 
-class Level(NamedTuple):
+class EqualSamples(NamedTuple):
     """Recall of all runs that ended, after equally many samples."""
 
     scores: dict[int, float]
     """Number of a run -> recall."""
     samples: float
-    """As far as all had come; 0: at their ends, for all finished."""
+    """The samples after which they are compared; 0: each at its end, for all finished."""
 
 
 class Importance(NamedTuple):
-    """All settings that differ, the weightiest first, and what recall was taken of."""
+    """Shares of all settings that differ, the largest first, and the runs they were computed from."""
 
-    shares: list[Share]
+    shares: list[SettingShare]
     runs: int
     samples: float
-    """As in `Level`."""
+    """See `EqualSamples.samples`."""
 
 
-def level(comparison: Comparison) -> Level:
-    """What runs that finished and runs that were pruned can be compared by: where the first of them ended."""
+def at_equal_samples(comparison: Comparison) -> EqualSamples:
+    """Recall by which finished and pruned runs can be compared: after as many samples as the first to end had seen."""
     rows = [row for row in comparison.rows if row.item.status in ENDED and row.estimate is not None]
     if all(row.item.status == "finished" for row in rows):
-        return Level({row.number: row.estimate.value for row in rows if row.estimate}, 0.0)
+        return EqualSamples({row.number: row.estimate.value for row in rows if row.estimate}, 0.0)
     rows = [row for row in rows if row.item.curve]
     samples = min((row.item.curve[-1][0] for row in rows), default=0.0)
     begun = [row for row in rows if row.item.curve[0][0] <= samples]  # a list of checkpoints may begin later
-    return Level({row.number: at(row.item.curve, samples) for row in begun}, samples)
+    return EqualSamples({row.number: at(row.item.curve, samples) for row in begun}, samples)
 
 
 def importance(comparison: Comparison) -> Importance:
     """Shares of the variance over the runs that finished or were pruned; none where they are fewer than `LEAST`."""
-    scores, samples = level(comparison)
+    scores, samples = at_equal_samples(comparison)
     if len(scores) < LEAST or statistics.pvariance(scores.values()) == 0:
         return Importance([], len(scores), samples)
     rows = [row for row in comparison.rows if row.number in scores]
@@ -69,16 +69,18 @@ def importance(comparison: Comparison) -> Importance:
     return Importance(shares, len(rows), samples)
 
 
-def _share(comparison: Comparison, rows: Sequence[Row], scores: dict[int, float], key: str) -> Share | None:
+def _share(
+    comparison: Comparison, rows: Sequence[ComparisonRow], scores: dict[int, float], key: str
+) -> SettingShare | None:
     values = [comparison.value(row, key) for row in rows]
     recalls = [scores[row.number] for row in rows]
     groups = len({json.dumps(value) for value in values})
     if groups < 2:
         return None
     if groups <= len(rows) / 2:
-        return Share(key, between_groups(values, recalls), (groups - 1) / (len(rows) - 1))
+        return SettingShare(key, between_groups(values, recalls), (groups - 1) / (len(rows) - 1))
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        return Share(key, rank_correlation(values, recalls) ** 2, 1 / (len(rows) - 1))
+        return SettingShare(key, rank_correlation(values, recalls) ** 2, 1 / (len(rows) - 1))
     return None  # words that are hardly ever the same
 
 
@@ -100,6 +102,7 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 1; equal values share the mean of theirs."""
     return [sum(v < value for v in values) + (sum(v == value for v in values) + 1) / 2 for value in values]
 
 
@@ -114,9 +117,9 @@ def at(curve: Sequence[tuple[float, float]], samples: float) -> float:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Places of the (cost, recall) points that nothing beats: none is as cheap and better, or cheaper and as good.
+    """Pareto front: indices of the (cost, recall) points that no other point beats in one without losing in the other.
 
-    By rising cost.
+    They come by rising cost.
     """
     best, kept = float("-inf"), []
     for place in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):

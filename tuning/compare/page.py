@@ -1,24 +1,24 @@
-"""The page of a comparison: its table, and what can be seen of settings, learning and cost; one file, no script."""
+"""The HTML page of a comparison: table, charts of settings, learning and cost, facts of the sweep."""
 
 from html import escape
 
 from models.redact import redact
 from pipelines.report.page import facts_list, section, whole_page
 from tuning.compare.charts import text_of
-from tuning.compare.ranking import Comparison, short_names
+from tuning.compare.ranking import Comparison
 from tuning.compare.sections import SECTIONS
 from tuning.compare.table import Column, columns, headline, remarks
-from tuning.sweep.sweep_record import Sweep
+from tuning.sweep.sweep_record import Sweep, short_names
 
 
 def comparison_page(comparison: Comparison, sweep: Sweep | None = None) -> str:
-    """The page; with a sweep, also what was searched and how."""
+    """The page as HTML; with a sweep, also what was searched and how."""
     title = f"Sweep {sweep.name}" if sweep else f"{len(comparison.rows)} runs compared"
     parts = [
         f"<header><h1>{escape(title)}</h1><p>{escape(headline(comparison))}</p></header>",
         section("Ranking" if not comparison.protocol else "Runs", _differences(comparison) + _table(comparison)),
     ]
-    if comparison.protocol:  # one axis would hold what is not comparable
+    if comparison.protocol:  # a chart would put on one axis what cannot be compared
         parts.append(section("Charts", "<p>Left out, for these runs were not scored alike.</p>"))
     else:
         parts += [section(name, draw(comparison)) for name, draw in SECTIONS.items()]
@@ -28,12 +28,13 @@ def comparison_page(comparison: Comparison, sweep: Sweep | None = None) -> str:
 
 
 def _differences(comparison: Comparison) -> str:
+    """What differs in how the runs were scored; empty where nothing does."""
     items = "".join(f"<li>{escape(line)}</li>" for line in comparison.protocol)
     return f'<p>What differs in how they were scored:</p><ul class="notes">{items}</ul>' if items else ""
 
 
 def _table(comparison: Comparison) -> str:
-    """A row a run; on a phone a card a run."""
+    """One row a run, which a phone shows as a card, with notes below."""
     shown = columns(comparison)
     head = "".join(f"<th {_marks(column)}>{escape(column.name)}</th>" for column in shown)
     body = ""
@@ -56,13 +57,13 @@ def _table(comparison: Comparison) -> str:
 
 
 def _marks(column: Column) -> str:
-    """Attributes of a column's cells: words to the left, what is long over the whole width of a phone's card."""
+    """Attributes of a column's cells: words stand left, long cells take a phone's whole width."""
     kinds = ["words"] * (not column.right) + ["long"] * (column.long or not column.right)
     return f'class="{" ".join(kinds)}" title="{escape(column.meaning, quote=True)}"'
 
 
 def _facts(sweep: Sweep) -> dict[str, str]:
-    """What was searched, on what, and what it took."""
+    """{name: text}: what was searched, on which data, and what it cost."""
     whole = sweep.samples_planned * sweep.trials_planned
     states = [trial.status for trial in sweep.trials]
     names = short_names(list(sweep.space))

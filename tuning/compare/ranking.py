@@ -1,4 +1,4 @@
-"""Who is best, as far as the measurements tell: intervals, ranks with ties, differing protocols and settings.
+"""Ranks of runs as far as the measurements tell them apart: intervals, ties, differing protocols and settings.
 
 A recall is a share of queries, so a run by itself has a binomial error (Wilson's interval, J. Am. Stat. Assoc. 22,
 1927). That says nothing of another seed; where settings were trained with several, their spread over seeds does.
@@ -11,72 +11,74 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from models.config import dotted
 from models.redact import redact
-from pipelines.evaluation.recall_table import mean_recall
+from pipelines.recall import mean_recall
 from tuning.compare.collect import Compared
 
 Z = 1.96
 """Standard errors of a 95 % interval."""
 _NOT_SETTINGS = ("name", "out", "val_data")
-"""Keys that say where, not how; the validation data are part of the protocol."""
+"""Keys that name locations; the validation data are part of the protocol."""
 
 
 class Estimate(NamedTuple):
-    """A recall and how sure it is."""
+    """A recall with its interval and standard error."""
 
     value: float
-    """Of several seeds their mean."""
+    """Mean over the seeds, where there are several."""
     low: float
     high: float
-    """Of one run the 95 % interval over the queries, of several seeds a standard deviation to either side."""
+    """One seed: the 95 % interval over the queries; several: one standard deviation to either side."""
     error: float
-    """Standard error, for comparing two."""
+    """Standard error, for the comparison of two recalls."""
     seeds: int = 1
 
 
 @dataclass(frozen=True)
-class Row:
-    """A run in its place."""
+class ComparisonRow:
+    """A run and its rank."""
 
     item: Compared
     number: int
     """Its number in tables and charts, from 1."""
     estimate: Estimate | None
     rank: int = 0
-    """1 is best; those that errors cannot tell from the first of their group share its rank; 0: not ranked."""
+    """1 is best; runs that cannot be told from the first of their group share its rank; 0: not ranked."""
     tied: bool = False
+    """Whether others share the rank."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Runs side by side, the best first; in the order given where they cannot be ranked."""
 
-    rows: Sequence[Row]
+    rows: Sequence[ComparisonRow]
     keys: Sequence[str]
     """Dotted keys of the settings that differ."""
     protocol: Sequence[str] = ()
-    """What differs in how they were scored; with any of it, nobody has a rank."""
+    """Differences in how they were scored, a line each; if there are any, no run has a rank."""
     notes: Sequence[str] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Name of a run -> {dotted key: value}, of the keys that differ."""
+    """{name of a run: {dotted key: value}} of the keys that differ."""
 
-    def value(self, row: Row, key: str) -> Any:
+    def value(self, row: ComparisonRow, key: str) -> Any:
         """A run's setting; None where it does not have the key."""
         return self.settings[row.item.name].get(key)
 
     @property
-    def ranked(self) -> list[Row]:
+    def ranked(self) -> list[ComparisonRow]:
         """The rows with a rank, the best first."""
         return [row for row in self.rows if row.rank]
 
 
 def compare(items: Sequence[Compared]) -> Comparison:
-    """Rank what finished; the rest comes behind, by its last recall."""
+    """Rank the runs that finished; the others follow without a rank, by their last recall."""
     spread = seed_spread(items)
     estimates = {item.name: estimate(item, spread) for item in items}
     protocol = protocol_differences([item for item in items if item.recall is not None])
     ordered = list(items) if protocol else sorted(items, key=lambda item: _order(item, estimates[item.name]))
-    rows = [Row(item, number, estimates[item.name]) for number, item in enumerate(ordered, start=1)]
+    rows = [ComparisonRow(item, number, estimates[item.name]) for number, item in enumerate(ordered, start=1)]
     settings = {item.name: _settings(item, items) for item in items}
     keys = _differing(list(settings.values()))
     return Comparison(
@@ -99,7 +101,7 @@ def wilson(share: float, count: float, z: float = Z) -> tuple[float, float]:
 
 
 def queries(metrics: Mapping[str, float]) -> float:
-    """Queries of both ways that the mean recall is worth: 4 / (1/images + 1/captions), 0 where that is not known.
+    """Queries of both directions that the mean recall is worth: 4 / (1/images + 1/captions), 0 where that is not known.
 
     The mean of two shares, one of `images` and one of `captions` queries, has the variance of a share of so many.
     """
@@ -150,13 +152,13 @@ def _order(item: Compared, found: Estimate | None) -> tuple[int, float]:
     return (0 if item.status == "finished" else 1), -found.value
 
 
-def _with_ranks(rows: Sequence[Row]) -> list[Row]:
+def _with_ranks(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
     """Ranks for the finished rows, which come first and by recall, and all numbered anew.
 
-    Each group's first is the best that the group above does not hold; the group is all that may be as good. In it, who
-    was trained with several seeds comes first: a single run among them may have been lucky.
+    A group is the best run not yet in one and all that cannot be told from it. In a group, runs that were trained with
+    several seeds come first: a single run among them may have been lucky.
     """
-    groups: list[list[Row]] = []
+    groups: list[list[ComparisonRow]] = []
     finished = [row for row in rows if row.estimate is not None and row.item.status == "finished"]
     for row in finished:
         leader = groups[-1][0].estimate if groups else None
@@ -164,11 +166,11 @@ def _with_ranks(rows: Sequence[Row]) -> list[Row]:
             groups[-1].append(row)
         else:
             groups.append([row])
-    ranked: list[Row] = []
+    ranked: list[ComparisonRow] = []
     for group in groups:
         rank = len(ranked) + 1
         for row in sorted(group, key=lambda row: row.estimate is None or row.estimate.seeds == 1):
-            ranked.append(Row(row.item, len(ranked) + 1, row.estimate, rank, len(group) > 1))
+            ranked.append(ComparisonRow(row.item, len(ranked) + 1, row.estimate, rank, len(group) > 1))
     return [*ranked, *rows[len(ranked) :]]
 
 
@@ -194,7 +196,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def _notes(items: Sequence[Compared], spread: float) -> list[str]:
-    """What else a reader must know of the numbers."""
+    """Remarks on how far the numbers can be compared."""
     notes = []
     depths = {int(item.metrics["val/rerank_top"]) for item in items if "val/rerank_top" in item.metrics}
     if len(depths) > 1:
@@ -212,8 +214,8 @@ def _notes(items: Sequence[Compared], spread: float) -> list[str]:
 
 
 def _settings(item: Compared, items: Sequence[Compared]) -> dict[str, Any]:
-    """{dotted key: value}; within one sweep only what it searched, for all else is the same."""
-    values = _leaves(item.config.model_dump(mode="json"))
+    """{dotted key: value}; within one sweep only what it searched, for the rest is the same."""
+    values = dotted(item.config.model_dump(mode="json"))
     if item.sweep and all(other.sweep == item.sweep for other in items):
         searched = {key for other in items for key in other.overrides}
         return {key: value for key, value in values.items() if key in searched}
@@ -223,26 +225,7 @@ def _settings(item: Compared, items: Sequence[Compared]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in _NOT_SETTINGS and ".architecture" not in key}
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys whose values are not the same in all, in the order of the configuration."""
     keys = dict.fromkeys(key for values in settings for key in values)
     return [key for key in keys if len({json.dumps(values.get(key)) for values in settings}) > 1]
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """As few last parts of each key as tell it from the others, two where there are two: `temperature.start`."""
-    names = {}
-    for key in keys:
-        parts = key.split(".")
-        taken = 2
-        while taken < len(parts) and sum(other.endswith("." + ".".join(parts[-taken:])) for other in keys) > 1:
-            taken += 1
-        names[key] = ".".join(parts[-taken:])
-    return names

@@ -1,4 +1,4 @@
-"""What a comparison's page draws: each section is a sentence and its charts."""
+"""Sections of a comparison's page: each is a sentence or two and its charts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -15,27 +15,28 @@ from tuning.compare.charts import (
     parallel_chart,
     text_of,
 )
-from tuning.compare.importance import LEAST, Level, front, importance, level
-from tuning.compare.ranking import Comparison, Row, short_names, wilson
+from tuning.compare.importance import LEAST, EqualSamples, at_equal_samples, front, importance
+from tuning.compare.ranking import Comparison, ComparisonRow, wilson
+from tuning.sweep.sweep_record import short_names
 
 TEMPERATURE, CODES = "objective.temperature.start", "objective.codebook.size"
-_AXES = 4  # settings of the parallel coordinates: a phone is no wider
+_AXES = 4  # most settings in parallel coordinates: more do not fit a phone's width
 
 
 def _section(text: str, *charts: str) -> str:
     return f"<p>{escape(text)}</p>" + (f'<div class="charts">{"".join(charts)}</div>' if charts else "")
 
 
-def _finished(row: Row) -> bool:
+def _finished(row: ComparisonRow) -> bool:
     return row.item.status == "finished"
 
 
-def _with_recall(comparison: Comparison) -> list[Row]:
+def _with_recall(comparison: Comparison) -> list[ComparisonRow]:
     return [row for row in comparison.rows if row.estimate is not None]
 
 
 def _parallel(comparison: Comparison) -> str:
-    """An axis a setting, and recall."""
+    """Parallel coordinates of the settings that matter most, and recall."""
     rows = _with_recall(comparison)
     if not comparison.keys or len(rows) < 2:
         return _section("It takes two runs with different settings.")
@@ -57,24 +58,16 @@ def _parallel(comparison: Comparison) -> str:
 
 
 def _against(comparison: Comparison) -> str:
-    """After equal samples where some were pruned, and at the end."""
+    """Recall against temperature and against codebook size, for those of the two that differ between runs."""
     charts, notes = [], []
-    equal = level(comparison)
-    for title, key, other in (("temperature", TEMPERATURE, CODES), ("codebook size", CODES, TEMPERATURE)):
+    equal = at_equal_samples(comparison)
+    for title, key in (("temperature", TEMPERATURE), ("codebook size", CODES)):
         rows = [row for row in _with_recall(comparison) if key != CODES or _has_codes(row)]
-        if key not in comparison.keys:
+        if key in comparison.keys:
+            charts += _charts_against(title, key, rows, equal)
+        else:
             values = {text_of(_value(row, key)) for row in rows}
             notes.append(f"The {title} was {values.pop()} in all." if values else "No run has a codebook.")
-            continue
-        if equal.samples:
-            dots = {row.number: _level_dot(row, _value(row, key), equal) for row in rows if row.number in equal.scores}
-            when = f"after {equal.samples:,.0f} samples"
-            charts.append(_grouped(f"Recall against {title}, {when}", key, other, rows, dots))
-        finished = [row for row in rows if _finished(row)] or ([] if equal.samples else rows)
-        if finished:
-            dots = {row.number: _dot(row, _value(row, key)) for row in finished}
-            when = ", at the end" if equal.samples else ""
-            charts.append(_grouped(f"Recall against {title}{when}", key, other, rows, dots))
     if charts:
         notes.append("Bars are 95 % intervals over the queries, with several seeds a standard deviation.")
     if charts and equal.samples:
@@ -82,8 +75,28 @@ def _against(comparison: Comparison) -> str:
     return _section(" ".join(notes), *charts)
 
 
-def _grouped(title: str, key: str, other: str, rows: Sequence[Row], dots: Mapping[int, Dot]) -> str:
-    """The dots of some of the rows; a colour a value of the other setting, the same in all charts of these rows."""
+def _charts_against(title: str, key: str, rows: Sequence[ComparisonRow], equal: EqualSamples) -> list[str]:
+    """After equal samples where some runs were pruned, for all runs; and at the end, for those that finished."""
+    charts = []
+    if equal.samples:
+        compared = [row for row in rows if row.number in equal.scores]
+        dots = {row.number: _equal_samples_dot(row, _value(row, key), equal) for row in compared}
+        charts.append(_grouped(f"Recall against {title}, after {equal.samples:,.0f} samples", key, rows, dots))
+    # Where none finished, the last recall of each run is all there is; with pruned ones it would mislead.
+    ended = [row for row in rows if _finished(row)] or ([] if equal.samples else rows)
+    if ended:
+        dots = {row.number: _dot(row, _value(row, key)) for row in ended}
+        when = ", at the end" if equal.samples else ""
+        charts.append(_grouped(f"Recall against {title}{when}", key, rows, dots))
+    return charts
+
+
+def _grouped(title: str, key: str, rows: Sequence[ComparisonRow], dots: Mapping[int, Dot]) -> str:
+    """A chart of `dots` {number of a run: dot}, in a colour for each value of the other of the two settings.
+
+    Colours go by the values of all `rows`, so that they are the same in all charts of these rows.
+    """
+    other = CODES if key == TEMPERATURE else TEMPERATURE
     values = sorted({_value(row, other) for row in rows})
     name = f"{short_names([other])[other]} " if 1 < len(values) <= GROUPS else ""
     groups: dict[str, list[Dot]] = {f"{name}{text_of(value)}": [] for value in values} if name else {"": []}
@@ -93,23 +106,23 @@ def _grouped(title: str, key: str, other: str, rows: Sequence[Row], dots: Mappin
     return dot_chart(title, short_names([key])[key], groups)
 
 
-def _value(row: Row, key: str) -> float:
+def _value(row: ComparisonRow, key: str) -> float:
     objective = row.item.config.objective
     return objective.temperature.start if key == TEMPERATURE else objective.codebook.size
 
 
-def _has_codes(row: Row) -> bool:
+def _has_codes(row: ComparisonRow) -> bool:
     weights = row.item.config.objective.weights
     return weights.code > 0 or weights.ot > 0
 
 
-def _dot(row: Row, x: float) -> Dot:
+def _dot(row: ComparisonRow, x: float) -> Dot:
     assert row.estimate
     return Dot(x, *row.estimate[:3], row.number, _finished(row))
 
 
-def _level_dot(row: Row, x: float, equal: Level) -> Dot:
-    """Recall after equal samples, as far as the validation sample tells."""
+def _equal_samples_dot(row: ComparisonRow, x: float, equal: EqualSamples) -> Dot:
+    """Recall after equal samples, with its interval where the size of the validation sample is known."""
     value, pairs = equal.scores[row.number], row.item.sample_pairs
     low, high = wilson(value, 2 * pairs) if pairs else (value, value)
     return Dot(x, value, low, high, row.number, _finished(row))
@@ -145,7 +158,7 @@ def _importance(comparison: Comparison) -> str:
 
 
 def _costs(comparison: Comparison) -> str:
-    """Recall against samples and against time, with the runs that nothing beats."""
+    """Recall against samples and against time, with a line through the runs that no other beats for less."""
     rows, charts = _with_recall(comparison), []
     by_time = [row for row in rows if row.item.seconds]
     if len({row.item.samples for row in rows}) > 1 or not by_time:
@@ -168,4 +181,4 @@ SECTIONS: dict[str, Callable[[Comparison], str]] = {
     "What mattered": _importance,
     "Cost and quality": _costs,
 }
-"""Heading -> what stands under it."""
+"""{heading: function that draws the section}, in the order of the page."""

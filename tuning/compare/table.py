@@ -1,4 +1,4 @@
-"""A comparison in words: what each cell of its table says, the line above it, and the table for a terminal."""
+"""A comparison in words: its table's columns and cells, the headline, remarks, and the table for a terminal."""
 
 import io
 import shutil
@@ -11,23 +11,24 @@ from rich.table import Table
 from rich.text import Text
 
 from tuning.compare.charts import text_of
-from tuning.compare.ranking import Comparison, Estimate, Row, short_names, some
+from tuning.compare.ranking import Comparison, ComparisonRow, Estimate, some
+from tuning.sweep.sweep_record import short_names
 
 MOST_COLUMNS = 4
-"""Settings with a column each; more share one."""
+"""Most settings that have a column each; more are put into one column."""
 NOTHING = "–"
 
 
 class Column(NamedTuple):
-    """A heading, what it means, and a cell for each row."""
+    """A column of the table: its heading, what that means, and one cell a row."""
 
     name: str
     meaning: str
     cells: Sequence[str]
     right: bool = True
-    """Whether cells are numbers, set to the right."""
+    """Whether cells are aligned to the right, as numbers are."""
     long: bool = False
-    """Whether name and cell together are too long for half a phone's width."""
+    """Whether heading and cell take the whole width of a phone."""
 
 
 def recall_text(estimate: Estimate | None) -> str:
@@ -40,25 +41,25 @@ def recall_text(estimate: Estimate | None) -> str:
     return f"{value}% ({low} to {high})" if estimate.high > estimate.low else f"{value}%"
 
 
-def rank_text(row: Row) -> str:
+def rank_text(row: ComparisonRow) -> str:
     """`2`, or `2=` for one of several."""
     return f"{row.rank}{'=' if row.tied else ''}" if row.rank else NOTHING
 
 
-def settings_text(comparison: Comparison, row: Row) -> str:
+def settings_text(comparison: Comparison, row: ComparisonRow) -> str:
     """All settings that differ: `temperature.start 0.07, codebook.size 256`."""
     names = short_names(comparison.keys)
     return ", ".join(f"{names[key]} {text_of(comparison.value(row, key))}" for key in comparison.keys)
 
 
 def columns(comparison: Comparison) -> list[Column]:
-    """The table; columns in which no row would have anything are left out."""
+    """The columns of the table that have a value in some row."""
     rows, names = comparison.rows, short_names(comparison.keys)
     found = [
         Column("no", "number in the charts", [str(row.number) for row in rows]),
         Column("rank", "= marks runs that their errors cannot tell apart", [rank_text(row) for row in rows]),
         Column("run", "", [row.item.name for row in rows], right=False),
-        Column("recall@1", "mean of both ways", [recall_text(row.estimate) for row in rows], long=True),
+        Column("recall@1", "mean of both directions", [recall_text(row.estimate) for row in rows], long=True),
         _metric(rows, "re-ranked", "the same by the fusion encoder", _reranked),
     ]
     if len(comparison.keys) > MOST_COLUMNS:
@@ -78,7 +79,9 @@ def columns(comparison: Comparison) -> list[Column]:
     return [column for column in found if any(cell != NOTHING for cell in column.cells)]
 
 
-def _metric(rows: Sequence[Row], name: str, meaning: str, cell: Callable[[Mapping[str, float]], str]) -> Column:
+def _metric(
+    rows: Sequence[ComparisonRow], name: str, meaning: str, cell: Callable[[Mapping[str, float]], str]
+) -> Column:
     return Column(name, meaning, [cell(row.item.metrics) for row in rows])
 
 
@@ -95,7 +98,7 @@ def _decimal(value: float | None) -> str:
 
 
 def _reranked(metrics: Mapping[str, float]) -> str:
-    names = [f"val/{side}_retrieval_recall_at_1_reranked" for side in ("image", "text")]
+    names = [f"val/{modality}_retrieval_recall_at_1_reranked" for modality in ("image", "text")]
     values = [metrics[name] for name in names if name in metrics]
     return f"{sum(values) / len(values):.1%}" if len(values) == len(names) else NOTHING
 
@@ -109,14 +112,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def state_text(row: Row) -> str:
-    """How it ended, and how many alarms it had."""
+def state_text(row: ComparisonRow) -> str:
+    """The run's status, and how many alarms it had."""
     count = len(row.item.alarms)
     return row.item.status + (f", {count} alarm{'s' if count > 1 else ''}" if count else "")
 
 
 def headline(comparison: Comparison) -> str:
-    """What came out, in a sentence or two."""
+    """The result in a sentence or two."""
     if comparison.protocol:
         return "Not ranked: these runs were not scored alike, so their recall cannot be compared."
     ranked = comparison.ranked
@@ -136,8 +139,8 @@ def remarks(comparison: Comparison) -> list[str]:
     """Why runs ended early and what their alarms said, a line for each text."""
     names: dict[str, list[str]] = {}
     for row in comparison.rows:
-        told = [row.item.reason] if row.item.reason else []
-        for text in told + [alarm for alarm in row.item.alarms if alarm not in row.item.reason]:
+        reasons = [row.item.reason] if row.item.reason else []
+        for text in reasons + [alarm for alarm in row.item.alarms if alarm not in row.item.reason]:
             names.setdefault(text, []).append(row.item.name)
     return [f"{some(who)}: {text}" for text, who in names.items()]
 

@@ -1,7 +1,6 @@
 """Which model a promotion is about: a run that finished, or the best finished trial of a sweep."""
 
-import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from models.config import InputError
 from models.package import FILES
@@ -23,13 +22,13 @@ class Candidate(NamedTuple):
     """Its id in a sweep; "" of a run of its own."""
     experiment: ExperimentConfig
     measured: dict[str, float]
-    """The run's own metrics of its package on its validation data."""
+    """Scores of the package on the run's own validation data, from `metrics.json`."""
     manifest: str
     """Hash of the training data's manifest."""
     run_id: str
-    """In MLflow, "" where the registry's server does not know it."""
+    """Its id in MLflow; "" where the registry's server does not know it."""
     commit: str
-    """The code it was trained with, as far as MLflow knows it."""
+    """Commit of the code it was trained with; `unknown` where MLflow does not know it."""
 
     @property
     def package(self) -> str:
@@ -57,7 +56,7 @@ def read_candidate(model: str, registry: Registry) -> Candidate:
         run,
         trial.trial_id if trial else "",
         read_experiment(storage.join(run, "config.json")),
-        _json(storage.join(run, "metrics.json")),
+        storage.read_json(storage.join(run, "metrics.json")),
         Manifest.load(storage.join(run, "manifest.parquet")).hash,
         run_id if tracked else "",
         tracked.tags.get("triptych.commit", "unknown") if tracked else "unknown",
@@ -81,7 +80,7 @@ def best_trial(folder: str) -> Trial:
 
 
 def _trial_of(run: str) -> Trial | None:
-    """The trial whose run folder it is: a sweep's runs are tracked by its record, without files of their own."""
+    """The trial whose run folder this is, else None; its id in MLflow is in the sweep's record, not in the folder."""
     sweep, _, trial_id = run.rpartition("/trials/")
     if not sweep or not storage.exists(storage.join(sweep, FILE_NAME)):
         return None
@@ -89,15 +88,6 @@ def _trial_of(run: str) -> Trial | None:
 
 
 def _tracked_as(run: str) -> str:
+    """Id of the run in MLflow, "" where it was not tracked."""
     record = storage.join(run, "mlflow.json")
-    return str(_json(record).get("run_id", "")) if storage.exists(record) else ""
-
-
-def _json(uri: str) -> dict[str, Any]:
-    try:
-        document = json.loads(storage.read_bytes(uri))
-    except ValueError as error:
-        raise InputError(f"{uri}: damaged, not JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{uri}: damaged, no JSON object")
-    return document
+    return str(storage.read_json(record).get("run_id", "")) if storage.exists(record) else ""

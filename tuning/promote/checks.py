@@ -1,4 +1,4 @@
-"""What a candidate must pass before it may become champion: whole, the same vectors, the same recall, not worse."""
+"""Checks of a candidate for champion: files whole, vectors and recall reproduced, and not worse than the champion."""
 
 from collections.abc import Callable
 from math import sqrt
@@ -15,7 +15,7 @@ from pipelines.cluster import connect
 from pipelines.config import ExperimentConfig
 from pipelines.data.manifest import build_manifest
 from pipelines.evaluation.evaluate import evaluate_package
-from pipelines.evaluation.recall_table import mean_recall
+from pipelines.recall import mean_recall
 from pipelines.tracking.registry import SPACE, Version
 from tuning.promote.candidate import Candidate
 from tuning.promote.promotion_record import Promotion
@@ -23,17 +23,17 @@ from tuning.promote.promotion_record import Promotion
 VECTORS_TOLERANCE = 1e-5
 RECALL_TOLERANCE = 1e-6
 Smoke = Callable[[Path], tuple[Tensor, Tensor]]
-"""Package folder -> the vectors that a service of it answers for the health inputs: (pictures, D), (captions, D)."""
+"""Package folder -> vectors that a service of it returns for the health inputs: (images, D), (captions, D)."""
 
 
 class HeldOut:
-    """The pairs that candidate and champion are scored on."""
+    """The held-out pairs on which candidate and champion are scored, checked to be the same for both."""
 
     def __init__(self, data: str, experiment: ExperimentConfig) -> None:
         self.data, self._experiment, self.hash = storage.make_absolute(data), experiment, ""
 
     def score(self, package: str, rerank_top: int | None = 0) -> dict[str, float]:
-        """`val/...` of a package (local folder)."""
+        """{`val/...`: value} of a package (local folder); raises InputError where the data have changed."""
         self.check()
         connect.connect()
         scores = evaluate_package(package, self.data, self._experiment, rerank_top)
@@ -48,28 +48,29 @@ class HeldOut:
 
 
 def evaluate(promotion: Promotion, candidate: Candidate, held_out: HeldOut, given: bool) -> None:
-    """Score the run's package; re-ranked too, where its run was."""
+    """Score the candidate, re-ranked too where its run was. `given`: the data were named by the user."""
     promotion.data = redact(held_out.data)
-    with promotion.step("evaluate") as said, local_copy(candidate.package) as folder:
-        said.append(f"on {promotion.data}" if given else f"on the run's validation data {promotion.data} (no --data)")
+    with promotion.step("evaluate") as notes, local_copy(candidate.package) as folder:
+        notes.append(f"on {promotion.data}" if given else f"on the run's validation data {promotion.data} (no --data)")
         promotion.metrics = held_out.score(str(folder), None)
         recall, own = require_recall(promotion.metrics, "candidate"), mean_recall(candidate.measured)
         line = f"recall@1 mean {recall:.4f} +- {standard_error(promotion.metrics):.4f}"
-        said.append(line + (f"; the run itself measured {own:.4f}" if own is not None else ""))
+        notes.append(line + (f"; the run itself measured {own:.4f}" if own is not None else ""))
 
 
 def verify(promotion: Promotion, candidate: Candidate, held_out: HeldOut, package: Path) -> None:
-    """Copy the package to `package`; the copy must be whole, compute its own vectors and give the same recall."""
-    with promotion.step("verify") as said:
+    """Copy the package to `package`; the copy must be whole, reproduce its health vectors and have the same recall."""
+    with promotion.step("verify") as notes:
         storage.download(candidate.package, str(package))
         check_files(package, candidate.package)
         difference = check_vectors(package, candidate.package)
         promotion.embedding_space = load_package(package).embedding_space
         again, first = held_out.score(str(package)), promotion.metrics
         for key in sorted(key for key in again if "recall" in key):
+            # `not <=`, so that a NaN is refused
             if not abs(again[key] - first[key]) <= RECALL_TOLERANCE:
                 raise InputError(f"the reloaded package gives {key} {again[key]:.6f}, but {first[key]:.6f} before")
-        said.append(
+        notes.append(
             f"space {promotion.embedding_space}, vectors within {difference:.0e}, reloaded with the same recall"
         )
 
@@ -96,6 +97,7 @@ def check_vectors(folder: Path, shown_as: str) -> float:
 
 
 def _difference(then: Tensor | None, now: Tensor, about: str) -> float:
+    """The largest absolute difference; raises InputError beyond the tolerance, NaN included."""
     if then is None or then.shape != now.shape:
         raise InputError(f"{about} of other shapes than the package computes; build it again from its run")
     worst = float((then - now).abs().max())
@@ -105,21 +107,21 @@ def _difference(then: Tensor | None, now: Tensor, about: str) -> float:
 
 
 def check_served(promotion: Promotion, package: Path, smoke: Smoke | None) -> None:
-    """The service must answer the package's own vectors."""
+    """A service of the package must return the package's own vectors."""
     if smoke is None:
         promotion.skip("served", "no service was asked for its vectors")
         return
-    with promotion.step("served") as said:
+    with promotion.step("served") as notes:
         expected = health_vectors(load_package(package))[:2]
         worst = max(_difference(e, s, "the service's vectors") for e, s in zip(expected, smoke(package), strict=True))
-        said.append(f"the service answers the same vectors within {worst:.0e}")
+        notes.append(f"the service answers the same vectors within {worst:.0e}")
 
 
 def compare(promotion: Promotion, champion: Version | None, held_out: HeldOut, allow_worse: bool) -> None:
     """Refuse a candidate whose mean recall@1 is below the champion's."""
-    with promotion.step("compare") as said:
+    with promotion.step("compare") as notes:
         if champion is None:
-            said.append("there is no champion yet")
+            notes.append("there is no champion yet")
             return
         try:
             with registered_package(champion) as folder:
@@ -129,7 +131,7 @@ def compare(promotion: Promotion, champion: Version | None, held_out: HeldOut, a
             if not allow_worse:
                 raise InputError(f"the champion cannot be scored ({error}); --allow-worse goes on without") from error
             held_out.check()
-            said.append(f"the champion cannot be scored ({error}); allowed")
+            notes.append(f"the champion cannot be scored ({error}); allowed")
             return
         held_out.check()
         ours = require_recall(promotion.metrics, "candidate")
@@ -139,14 +141,15 @@ def compare(promotion: Promotion, champion: Version | None, held_out: HeldOut, a
         if ours < theirs - RECALL_TOLERANCE and not allow_worse:
             raise InputError(f"worse than the champion: {line}; --allow-worse promotes it all the same")
         same = champion.tags.get(SPACE) == promotion.embedding_space
-        said += [line, *(["the champion has the same vectors"] if same else [])]
-        said += ["worse, and allowed"] if ours < theirs - RECALL_TOLERANCE else []
+        notes += [line, *(["the champion has the same vectors"] if same else [])]
+        notes += ["worse, and allowed"] if ours < theirs - RECALL_TOLERANCE else []
 
 
 def standard_error(metrics: dict[str, float]) -> float:
-    """Binomial standard error of the mean of recall@1 both ways, each over its own queries.
+    """Binomial standard error of the mean of recall@1 both directions, each over its own queries.
 
-    That of a difference takes both models' errors as independent. They answer the same queries, so it is mostly less.
+    For the difference of two models their errors are taken as independent, which mostly overestimates it: both answer
+    the same queries.
     """
     text, image = metrics["val/text_retrieval_recall_at_1"], metrics["val/image_retrieval_recall_at_1"]
     variance = text * (1 - text) / metrics["val/images"] + image * (1 - image) / metrics["val/captions"]

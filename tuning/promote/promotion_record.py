@@ -26,7 +26,7 @@ class Step:
 
 @dataclass
 class Promotion:
-    """What was done, step by step; also kept as `promotion.json` in the artifacts of the candidate's run."""
+    """A promotion or rollback, step by step; stored as `promotion.json` among the artifacts of the candidate's run."""
 
     name: str
     model: str
@@ -47,26 +47,26 @@ class Promotion:
 
     @property
     def place(self) -> str:
-        """Where among the run's artifacts the record is."""
+        """Path of this record among the run's artifacts."""
         return f"promotions/{self.started}-{self.name}/promotion.json"
 
     def text(self) -> str:
-        """A line a step."""
+        """One line a step: title, outcome, notes."""
         return "\n".join(f"{step.title:9} {step.outcome:8} {step.text}" for step in self.steps)
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[list[str]]:
-        """A step that is done unless it raises; what it has to say goes into the list."""
-        said: list[str] = []
+        """A step, done unless the block raises; its notes are appended to the list that it gets."""
+        notes: list[str] = []
         try:
-            yield said
+            yield notes
         except BaseException as error:
             self._add(Step(title, "refused", redact(str(error)) or type(error).__name__))
             raise
-        self._add(Step(title, "done", redact("; ".join(said))))
+        self._add(Step(title, "done", redact("; ".join(notes))))
 
     def skip(self, title: str, text: str) -> None:
-        """A step that was left out, and why."""
+        """Record a step that was left out, and why."""
         self._add(Step(title, "skipped", text))
 
     def _add(self, step: Step) -> None:
@@ -74,7 +74,7 @@ class Promotion:
         logger.info("%s %s: %s", step.title, step.outcome, step.text)
 
 
-class Refused(InputError):
+class PromotionRefused(InputError):
     """A promotion or rollback that was not made; one line with the step and the reason."""
 
     def __init__(self, promotion: Promotion, error: InputError) -> None:
@@ -85,11 +85,11 @@ class Refused(InputError):
 
 @contextlib.contextmanager
 def recorded(promotion: Promotion, registry: Registry) -> Iterator[None]:
-    """Whatever happens, the record goes to the run's artifacts, where there is a run."""
+    """Store the record with the run however the block ends; raises PromotionRefused for an InputError in it."""
     try:
         yield
     except InputError as error:
-        raise Refused(promotion, error) from error
+        raise PromotionRefused(promotion, error) from error
     finally:
         if promotion.run_id:
             try:

@@ -1,10 +1,10 @@
-"""How a sweep goes, while it goes: a table on a terminal, a line now and then elsewhere; and what came of it."""
+"""Progress of a running sweep, as a table on a terminal and as log lines elsewhere; the summary of one that ended."""
 
 import logging
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,32 +15,21 @@ from rich.table import Table
 from models.redact import redact
 from pipelines import storage
 from tuning.sweep.schedulers import finalists
-from tuning.sweep.sweep_record import Sweep, Trial
+from tuning.sweep.sweep_record import Sweep, Trial, short_names
 
 logger = logging.getLogger(__name__)
 
 LINE_SECONDS = 30.0
-"""Between two lines where there is no terminal."""
+"""Time between two log lines where there is no terminal."""
 STYLES = {"running": "cyan", "finished": "green", "pruned": "dim", "failed": "red", "pending": ""}
 
 
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """{key: its last two parts, or as many more as tell it from the others}."""
-    names = {}
-    for key in keys:
-        parts = key.split(".")
-        tails = [".".join(parts[-count:]) for count in range(min(2, len(parts)), len(parts) + 1)]
-        single = (tail for tail in tails if sum(other == tail or other.endswith(f".{tail}") for other in keys) == 1)
-        names[key] = next(single, key)
-    return names
+def overrides_text(trial: Trial, names: Mapping[str, str]) -> str:
+    """A trial's overrides on one line: `temperature.start=0.07 codebook.size=256`."""
+    return " ".join(f"{names.get(key, key)}={value_text(value)}" for key, value in trial.overrides.items())
 
 
-def settings(trial: Trial, names: Mapping[str, str]) -> str:
-    """A trial's overrides in a few words."""
-    return " ".join(f"{names.get(key, key)}={shown(value)}" for key, value in trial.overrides.items())
-
-
-def shown(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A value as a person would write it."""
     return f"{value:g}" if isinstance(value, float) else redact(str(value))
 
@@ -51,18 +40,20 @@ def percent(value: float | None) -> str:
 
 
 def sweep_table(sweep: Sweep, progress: Mapping[str, int]) -> Table:
-    """trial, settings, samples, recall, state; a row a trial."""
+    """Trials with settings, samples, recall and state. `progress`: {trial id: samples seen}, newer than the record."""
     used = sum(progress.get(trial.trial_id, trial.samples_seen) for trial in sweep.trials)
     grid = sweep.samples_planned * max(sweep.trials_planned, 1)
     table = Table(title=f"{sweep.name}: {used:,} of at most {grid:,} samples ({used / grid:.0%})", title_justify="left")
-    for column, side in (("trial", "left"), ("settings", "left"), ("samples", "right"), ("recall@1", "right")):
-        table.add_column(column, justify="right" if side == "right" else "left")
+    for column in ("trial", "settings"):
+        table.add_column(column)
+    for column in ("samples", "recall@1"):
+        table.add_column(column, justify="right")
     table.add_column("state", overflow="ellipsis", max_width=60)
     names = short_names(list(sweep.space))
     for trial in sweep.trials:
         samples = progress.get(trial.trial_id, trial.samples_seen)
         state = f"{trial.status}: {trial.reason}" if trial.reason else _state(sweep, trial)
-        row = (trial.trial_id, settings(trial, names), f"{samples:,}", percent(trial.recall), state)
+        row = (trial.trial_id, overrides_text(trial, names), f"{samples:,}", percent(trial.recall), state)
         table.add_row(*row, style=STYLES[trial.status])
     return table
 
@@ -76,7 +67,7 @@ def _state(sweep: Sweep, trial: Trial) -> str:
 
 
 def progress_line(sweep: Sweep, progress: Mapping[str, int]) -> str:
-    """The same in a line."""
+    """The sweep's state on one line: trials by status, samples, the best recall."""
     counts = {status: sum(trial.status == status for trial in sweep.trials) for status in STYLES}
     used = sum(progress.get(trial.trial_id, trial.samples_seen) for trial in sweep.trials)
     states = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
@@ -85,8 +76,8 @@ def progress_line(sweep: Sweep, progress: Mapping[str, int]) -> str:
 
 
 @contextmanager
-def showing(sweep: Sweep, progress: Mapping[str, int], lock: Any, every: float = LINE_SECONDS) -> Iterator[None]:
-    """Show the sweep until the block ends: on standard error, whose terminal decides how."""
+def live_progress(sweep: Sweep, progress: Mapping[str, int], lock: Any, every: float = LINE_SECONDS) -> Iterator[None]:
+    """Show progress on standard error until the block ends: a live table, or a line every `every` seconds."""
 
     def under_lock(make: Callable[[Sweep, Mapping[str, int]], Any]) -> Any:
         with lock:
@@ -99,22 +90,25 @@ def showing(sweep: Sweep, progress: Mapping[str, int], lock: Any, every: float =
         return
     done = threading.Event()
 
-    def speak() -> None:
+    def log_progress() -> None:
         while not done.wait(every):
             logger.info(under_lock(progress_line))
 
-    speaker = threading.Thread(target=speak, name="table", daemon=True)
-    speaker.start()
+    thread = threading.Thread(target=log_progress, name="table", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         done.set()
-        speaker.join()
+        thread.join()
 
 
 @contextmanager
 def _logging_above() -> Iterator[None]:
-    """Log lines go where the live table has put itself in place of standard error: above it, not through it."""
+    """While the live table is shown, log lines go above it.
+
+    The table replaces `sys.stderr`; handlers that were made before hold the old stream and would write over the table.
+    """
     streams = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
     moved = [(handler, handler.setStream(sys.stderr)) for handler in streams if handler.stream is sys.__stderr__]
     try:
@@ -125,13 +119,13 @@ def _logging_above() -> Iterator[None]:
 
 
 def summary(sweep: Sweep, folder: str) -> str:
-    """What came of the sweep: the best trial, its settings and recall, where it is, what it cost."""
+    """Several lines on a sweep that ended: the best trial, its settings, recall and folder, failures, and the cost."""
     names = short_names(list(sweep.space))
     best = sweep.best()
     lines = []
     if best is not None:
-        lines.append(f"best trial {best.trial_id} ({best.status}): {settings(best, names)}")
-        lines.append(f"recall@1, mean of both sides: {percent(best.recall)}")
+        lines.append(f"best trial {best.trial_id} ({best.status}): {overrides_text(best, names)}")
+        lines.append(f"recall@1, mean of both directions: {percent(best.recall)}")
         lines += [_repeats_line(trial, names) for trial in finalists(sweep) if trial.repeats]
         lines.append(f"run folder: {storage.join(folder, best.run_folder)}")
     counts = [f"{sum(t.status == s for t in sweep.trials)} {s}" for s in ("finished", "pruned", "failed")]
@@ -143,8 +137,9 @@ def summary(sweep: Sweep, folder: str) -> str:
 
 
 def _repeats_line(trial: Trial, names: Mapping[str, str]) -> str:
-    """Mean and spread over seeds, the trial's own included where it finished."""
+    """Mean and standard deviation over seeds, the trial's own included where it finished."""
     values = trial.over_seeds()
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)) if len(values) > 1 else 0.0
-    return f"over {len(values)} seeds: {percent(mean)} +- {percent(spread)}  {trial.trial_id}  {settings(trial, names)}"
+    seeds = f"over {len(values)} seeds: {percent(mean)} +- {percent(spread)}"
+    return f"{seeds}  {trial.trial_id}  {overrides_text(trial, names)}"

@@ -1,6 +1,6 @@
 """A sweep in MLflow: one parent run, one child a trial, each created once and found again after whatever happens.
 
-The sweep's driver alone writes. While the server is away, training goes on: what a child has to say waits until then.
+Only the sweep's driver writes. While the server is away, training goes on, and the metrics of its trials wait.
 """
 
 import contextlib
@@ -32,20 +32,22 @@ CLOSING_SECONDS, LAST_SECONDS = 60.0, 10.0
 """Longest wait at the end of the sweep for what the server has not taken yet, and for keeping the rest in files."""
 
 
-class Found(NamedTuple):
-    """A run that the server has."""
+class FoundRun(NamedTuple):
+    """A run that the tracking server knows."""
 
     run_id: str
     status: str
+    """MLflow's: RUNNING, FINISHED, FAILED, KILLED."""
     trial_id: str
+    """"" for a run that is no trial."""
 
 
-def find_runs(tag: str, value: str) -> list[Found]:
+def find_runs(tag: str, value: str) -> list[FoundRun]:
     """The active runs of our experiment with a tag; none where the server does not answer, with a warning.
 
     Raises InputError where it refuses.
     """
-    uri, found, token = resolve_uri(), list[Found](), None
+    uri, found, token = resolve_uri(), list[FoundRun](), None
     quote = '"' if "'" in value else "'"
     try:
         with answers(uri):
@@ -55,7 +57,7 @@ def find_runs(tag: str, value: str) -> list[Found]:
                 page = client.search_runs(
                     [experiment.experiment_id], f"tags.`{tag}` = {quote}{value}{quote}", page_token=token
                 )
-                found += [Found(r.info.run_id, r.info.status, r.data.tags.get(TRIAL_TAG, "")) for r in page]
+                found += [FoundRun(r.info.run_id, r.info.status, r.data.tags.get(TRIAL_TAG, "")) for r in page]
                 token = page.token
                 if not token:
                     break
@@ -64,11 +66,14 @@ def find_runs(tag: str, value: str) -> list[Found]:
     return found
 
 
-class Child:
-    """A trial's run: made as soon as the server can, `log` never waits for it."""
+class ChildRun:
+    """The MLflow run of one trial, a child of the sweep's run.
+
+    It is created as soon as the server answers. Until then `log` keeps the values, so training never waits for MLflow.
+    """
 
     def __init__(self, name: str, params: Mapping[str, str], tags: Mapping[str, str], run_id: str = "") -> None:
-        """`run_id` is the run to go on with; none: a new one."""
+        """`run_id`: the run to continue; empty: a new one is created."""
         self._name, self._params, self._tags = name, params, tags
         self.run_id = run_id
         self._waiting: list[tuple[Mapping[str, float], int]] = []
@@ -80,11 +85,11 @@ class Child:
 
     @property
     def closing(self) -> bool:
-        """Whether its end has been asked for."""
+        """Whether `close` has been called."""
         return self._closing is not None
 
     def open(self) -> bool:
-        """Create or continue the run, unless that was tried a moment ago; returns whether it is there."""
+        """Create or continue the run, at most every `RETRY_SECONDS`; returns whether the run exists."""
         with self._lock:
             if self._tracker is None and time.monotonic() >= self._next_attempt:
                 self._next_attempt = time.monotonic() + RETRY_SECONDS
@@ -103,19 +108,19 @@ class Child:
             return self._tracker is not None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take the values of one step."""
+        """Log the values of one optimiser step; they are sent as soon as the run exists."""
         with self._lock:
             self._waiting.append((metrics, step))
         self.open()
 
     def close(self, status: Status, tag: str, package: str = "") -> None:
-        """End the run in the background: upload the `package` folder (any URI), tag, send what is left."""
+        """End the run, in a thread: upload the `package` folder (any URI), set `tag` as its status, send the rest."""
         self._abandoned.clear()
         self._closing = threading.Thread(target=self._close, args=(status, tag, package), daemon=True)
         self._closing.start()
 
     def wait(self, seconds: float) -> None:
-        """Give the closing so long; then what the server has not taken is kept in a file, as a warning says."""
+        """Wait for `close` to end; after `seconds` what the server has not taken is kept in a file, with a warning."""
         if self._closing is not None:
             self._closing.join(max(seconds, 0.0))
             self._abandoned.set()
@@ -158,7 +163,7 @@ def start_parent(name: str, folder: str, params: Mapping[str, str], tags: Mappin
 
 
 def finish_parent(tracker: Tracker, status: Status, metrics: Mapping[str, float], tag: str, file: str) -> None:
-    """Summary, `sweep.json` as artifact, end."""
+    """Log the summary metrics, store the record (`file`) as an artifact and end the sweep's own run."""
     tracker.log(metrics, 0)
     with contextlib.suppress(ConnectionError, InputError), answers(tracker.uri):
         connect(tracker.uri).set_tag(tracker.run_id, STATUS_TAG, tag)

@@ -1,4 +1,4 @@
-"""The sweep's driver listens: what trials say goes into `sweep.json` and MLflow, as it comes."""
+"""Events of trials, recorded as they come: in `sweep.json` and in MLflow, by the sweep's driver alone."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from tuning.sweep.mlflow_runs import (
     FOLDER_TAG,
     PARENT_TAG,
     TRIAL_TAG,
-    Child,
+    ChildRun,
     find_runs,
     finish_parent,
     start_parent,
@@ -31,24 +31,24 @@ logger = logging.getLogger(__name__)
 
 MLFLOW: dict[TrialStatus, Status] = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 FEWEST_DONE = 3
-"""Trials done before the sweep may be given up because most of them failed."""
-CATCH_UP_SECONDS = 30.0
-"""Longest wait for what trials have said."""
+"""A sweep is given up once most of its trials failed, but not before so many are done."""
+FLUSH_SECONDS = 30.0
+"""Longest wait for events that are on their way."""
 
 
 class Recorder:
-    """The one writer of a sweep's record and of its runs in MLflow; any thread may call it."""
+    """The only writer of a sweep's record and of its runs in MLflow. Its methods may be called from any thread."""
 
     def __init__(self, sweep: Sweep, folder: str, train_manifest: str) -> None:
-        """Creates or continues the parent run. Raises InputError where MLflow refuses or a new one cannot be made."""
+        """Creates or continues the parent run; raises InputError where MLflow refuses, or a new one needs it."""
         self.sweep, self.folder = sweep, folder
         self.progress: dict[str, int] = {trial.trial_id: trial.samples_seen for trial in sweep.trials}
-        """Samples by trial, newer than the record's."""
+        """{trial id: samples seen}, newer than in the record, which is written at validations."""
         self.lock = threading.RLock()
         self._steps: dict[str, int] = {}
         self._since: dict[str, float] = {}
-        self._told_repeats: set[tuple[str, int]] = set()
-        """(trial id, seed) of repeats that have said how they ended."""
+        self._ended_repeats: set[tuple[str, int]] = set()
+        """(trial id, seed) of repeats that have reported how they ended."""
         self._tags = {
             "triptych.commit": commit(),
             "triptych.preset": sweep.preset,
@@ -57,25 +57,32 @@ class Recorder:
         }
         self._parent = start_parent(sweep.name, folder, _parameters(sweep), self._tags, sweep.mlflow_run_id)
         sweep.mlflow_run_id = self._parent.run_id
-        self._children: dict[str, Child] = {}
-        self._adopt()
+        self._children: dict[str, ChildRun] = {}
+        self._recover()
         self.save()
-        self._marked = threading.Event()
-        self._listener = Listener(self.hear)
+        self._flushed = threading.Event()
+        self._listener = Listener(self.record_event)
 
     @property
     def mailbox(self) -> Any:
-        """Where trials leave their events."""
+        """The Ray actor to which trials send their events."""
         return self._listener.mailbox
 
-    def catch_up(self) -> None:
-        """Wait until all that trials have left so far has been heard."""
-        self._marked.clear()
-        ray.get(self.mailbox.put.remote({"kind": "mark"}))
-        self._marked.wait(CATCH_UP_SECONDS)
+    def flush_events(self) -> None:
+        """Wait until every event that trials have sent so far is recorded.
 
-    def _adopt(self) -> None:
-        """After an interruption: children that the record does not know, and ended trials whose child is open."""
+        Tune's callbacks and the events come on different ways: without this, a trial could be closed before its last
+        validation is in the record.
+        """
+        self._flushed.clear()
+        ray.get(self.mailbox.put.remote({"kind": "flush"}))
+        self._flushed.wait(FLUSH_SECONDS)
+
+    def _recover(self) -> None:
+        """Make record and MLflow agree after an interruption.
+
+        A run may exist whose id the record lacks, and a trial may have ended whose run is still open.
+        """
         if not self.sweep.trials:
             return
         for found in find_runs(PARENT_TAG, self.sweep.mlflow_run_id):
@@ -86,7 +93,7 @@ class Recorder:
                 self._close(trial)
 
     def save(self, last: bool = False) -> None:
-        """Write `sweep.json`; a store that does not answer gets it with the next change, unless it is the `last`."""
+        """Write `sweep.json`; if the store fails, the next change writes it, or with `last` Unavailable is raised."""
         with self.lock:
             try:
                 self.sweep.save(self.folder)
@@ -95,17 +102,17 @@ class Recorder:
                     raise
                 logger.warning("%s; it is written again with the next change", error)
 
-    def add(self, trial_id: str, overrides: Mapping[str, Any]) -> None:
-        """Note a trial that a searcher has made up; a known one is left alone."""
+    def add_trial(self, trial_id: str, overrides: Mapping[str, Any]) -> None:
+        """Add a trial that a searcher suggested; one that the record has is left as it is."""
         with self.lock:
             if all(trial.trial_id != trial_id for trial in self.sweep.trials):
-                place = f"trials/{trial_id}"
-                self.sweep.trials.append(Trial(trial_id=trial_id, overrides=dict(overrides), run_folder=place))
+                folder = f"trials/{trial_id}"
+                self.sweep.trials.append(Trial(trial_id=trial_id, overrides=dict(overrides), run_folder=folder))
                 self.sweep.trials.sort(key=lambda trial: (len(trial.trial_id), trial.trial_id))
                 self.save()
 
-    def started(self, trial_id: str, seed: int | None) -> None:
-        """A trial's process is there."""
+    def trial_started(self, trial_id: str, seed: int | None) -> None:
+        """A trial's process has started; `seed` is that of a repeat."""
         if seed is not None:
             return
         with self.lock:
@@ -115,21 +122,21 @@ class Recorder:
                 trial.mlflow_run_id = self._child(trial).run_id
             self.save()
 
-    def hear(self, event: Event) -> None:
-        """Take an event of a trial (`tuning.sweep.trial`)."""
-        if event["kind"] == "mark":
-            self._marked.set()
+    def record_event(self, event: Event) -> None:
+        """Record an event of a trial (`tuning.sweep.trial`); what a trial trains after its end is dropped."""
+        if event["kind"] == "flush":
+            self._flushed.set()
             return
         with self.lock:
             trial = self.sweep.trial(event["trial_id"])
             if event["seed"] is not None:
-                self._hear_repeat(trial, event)
+                self._record_repeat(trial, event)
             elif event["kind"] == "ended":
-                self._hear_end(trial, event)
+                self._record_end(trial, event)
             elif not trial.ended:
-                self._hear_training(trial, event)
+                self._record_training(trial, event)
 
-    def _hear_training(self, trial: Trial, event: Event) -> None:
+    def _record_training(self, trial: Trial, event: Event) -> None:
         trial_id, child = trial.trial_id, self._child(trial)
         self.progress[trial_id], self._steps[trial_id] = event["samples"], event["step"]
         if event["kind"] == "startup":
@@ -143,28 +150,28 @@ class Recorder:
         if event["kind"] == "validation":
             trial.metrics, trial.samples_seen = _finite(event["metrics"]), event["samples"]
             trial.add_point(event["samples"], event["metrics"][METRIC])
-            self._clock(trial)
+            self._add_time(trial)
             self.save()
 
-    def _hear_end(self, trial: Trial, event: Event) -> None:
+    def _record_end(self, trial: Trial, event: Event) -> None:
         trial.samples_seen = max(trial.samples_seen, event["samples"])
         if event["status"] == "paused":
-            self._clock(trial)
+            self._add_time(trial)
             self._since.pop(trial.trial_id, None)
             trial.status = "pending"
             self.save()
             return
         if event["status"] == "finished":
             trial.metrics = _finite(event["metrics"])
-        else:  # in the midst of training
+        else:  # it ended between two validations, and was further than the last of them
             trial.samples_seen = max(trial.samples_seen, self.progress.get(trial.trial_id, 0))
         self._end(trial, event["status"], event["reason"])
 
-    def _hear_repeat(self, trial: Trial, event: Event) -> None:
-        """Validations and scores of a finalist's other seeds belong to its trial and its run."""
+    def _record_repeat(self, trial: Trial, event: Event) -> None:
+        """Record a finalist's training with another seed: in its trial, and in its trial's run under `repeat/SEED/`."""
         seed, child = event["seed"], self._child(trial)
         if event["kind"] == "ended":
-            self._told_repeats.add((trial.trial_id, seed))
+            self._ended_repeats.add((trial.trial_id, seed))
         if event["kind"] == "validation":
             child.log({f"repeat/{seed}/{name}": value for name, value in event["metrics"].items()}, event["step"])
         elif event["kind"] == "ended" and event["status"] == "finished":
@@ -174,34 +181,34 @@ class Recorder:
             child.log({f"repeat/{seed}/{name}": value for name, value in metrics.items()}, self._step(trial))
             self.save()
         elif event["kind"] == "ended" and event["status"] != "paused":
-            self._note_repeat(trial, seed, f"{event['status']}: {event['reason']}")
+            self._note_lost_repeat(trial, seed, f"{event['status']}: {event['reason']}")
 
-    def _note_repeat(self, trial: Trial, seed: int, text: str) -> None:
-        """A repeat has come to nothing."""
+    def _note_lost_repeat(self, trial: Trial, seed: int, text: str) -> None:
+        """Record that a repeat ended without a model, among the trial's alarms."""
         trial.alarms = [*trial.alarms, f"{REPEAT_NOTE}{seed} {text}"]
         self.save()
 
-    def stopped(self, trial_id: str, reason: str) -> None:
-        """The scheduler has ended a trial."""
-        self.catch_up()
+    def trial_stopped(self, trial_id: str, reason: str) -> None:
+        """The scheduler has ended a trial, for that reason."""
+        self.flush_events()
         with self.lock:
             trial = self.sweep.trial(trial_id)
             if not trial.ended:
                 self._end(trial, "pruned", reason)
 
-    def failed(self, trial_id: str, reason: str, seed: int | None = None) -> None:
-        """A trial, or its repeat with another seed, is lost; if it said why, that stands and not `reason`."""
-        self.catch_up()
+    def trial_failed(self, trial_id: str, reason: str, seed: int | None = None) -> None:
+        """A trial, or its repeat with another seed, has failed, for that reason unless it reported one itself."""
+        self.flush_events()
         with self.lock:
             trial = self.sweep.trial(trial_id)
             if seed is not None:
-                if (trial_id, seed) not in self._told_repeats:
-                    self._note_repeat(trial, seed, f"failed: {reason}")
+                if (trial_id, seed) not in self._ended_repeats:
+                    self._note_lost_repeat(trial, seed, f"failed: {reason}")
             elif not trial.ended:
                 self._end(trial, "failed", reason)
 
-    def require_hope(self) -> None:
-        """Raises TrainingFailed where most of the trials that got anywhere failed."""
+    def raise_if_most_failed(self) -> None:
+        """Raises TrainingFailed where most of the trials that ended or were validated have failed."""
         with self.lock:
             done = [trial for trial in self.sweep.trials if trial.ended or trial.curve]
             lost = [trial for trial in done if trial.status == "failed"]
@@ -211,21 +218,21 @@ class Recorder:
                 )
 
     def _end(self, trial: Trial, status: TrialStatus, reason: str) -> None:
-        self._clock(trial)
+        self._add_time(trial)
         self._since.pop(trial.trial_id, None)
         trial.status, trial.reason = status, reason
         self.progress[trial.trial_id] = trial.samples_seen
         self.save()
         self._close(trial)
 
-    def _clock(self, trial: Trial) -> None:
-        """Add the time since the last look to the trial's."""
+    def _add_time(self, trial: Trial) -> None:
+        """Add the wall time since the last call to the trial's seconds, while its process runs."""
         now = time.monotonic()
         if trial.trial_id in self._since:
             trial.seconds = round(trial.seconds + now - self._since[trial.trial_id], 1)
             self._since[trial.trial_id] = now
 
-    def _child(self, trial: Trial) -> Child:
+    def _child(self, trial: Trial) -> ChildRun:
         if trial.trial_id not in self._children:
             experiment = self.sweep.experiment(trial)
             tags = self._tags | {
@@ -235,11 +242,11 @@ class Recorder:
             }
             parameters = flatten(experiment.model_dump(mode="json"))
             name = f"{self.sweep.name}/{trial.trial_id}"
-            self._children[trial.trial_id] = Child(name, parameters, tags, trial.mlflow_run_id)
+            self._children[trial.trial_id] = ChildRun(name, parameters, tags, trial.mlflow_run_id)
         return self._children[trial.trial_id]
 
     def _close(self, trial: Trial) -> None:
-        """End the trial's run in MLflow."""
+        """End the trial's run in MLflow, with the scores and the package of a finished one."""
         child, package = self._child(trial), ""
         if trial.status == "finished":
             child.log(trial.metrics, self._step(trial))
@@ -251,13 +258,13 @@ class Recorder:
         return self._steps.get(trial.trial_id, trial.samples_seen // self.sweep.experiment(trial).optim.batch_size)
 
     def begin_repeats(self) -> None:
-        """From here on trials that have ended are trained again: their runs in MLflow are taken up anew."""
+        """Finalists are trained again from here on: runs that are closed in MLflow will be opened anew."""
         with self.lock:
-            self._wait()
+            self._wait_for_children()
             self._children.clear()
 
-    def _wait(self) -> None:
-        """Let the children that are closing do so."""
+    def _wait_for_children(self) -> None:
+        """Wait, at most `CLOSING_SECONDS` in all, for the runs in MLflow that are being closed."""
         deadline = time.monotonic() + CLOSING_SECONDS
         for trial_id, child in self._children.items():
             child.wait(deadline - time.monotonic())
@@ -265,22 +272,22 @@ class Recorder:
         self.save(last=True)
 
     def close(self, status: Status, text: str) -> None:
-        """Send what is left to MLflow and end the parent run; children that have not ended may be continued."""
+        """Send what is left to MLflow and end the parent run. Trials that have not ended can be continued later."""
         self._listener.close()
         with self.lock:
             for trial_id, child in self._children.items():
                 trial = self.sweep.trial(trial_id)
-                self._clock(trial)
+                self._add_time(trial)
                 if trial.status == "running":
                     trial.status = "pending"
                 if not child.closing:
                     child.close(MLFLOW.get(trial.status, "KILLED"), trial.status if trial.ended else "interrupted")
-            self._wait()
+            self._wait_for_children()
         finish_parent(self._parent, status, _summary(self.sweep), text, storage.join(self.folder, FILE_NAME))
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """JSON has no NaN."""
+    """The metrics that are numbers, for JSON has no NaN."""
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
 
 

@@ -1,7 +1,7 @@
 """`triptych tune`: a sweep over Ray Tune, whose trials are ordinary runs; `sweep.json` alone says how far it has come.
 
-After an interruption a new Tuner takes up the trials that have not ended. Tune's own state, in the folder `tune`, is
-not read again: it lacks what schedulers have heard, and lags behind the record.
+After an interruption a new Tuner continues the trials that have not ended. Tune's own state, in the folder `tune`, is
+not read again: it lacks the results that schedulers have seen, and lags behind the record.
 """
 
 import logging
@@ -17,21 +17,21 @@ from pipelines.config import ExperimentConfig
 from pipelines.tracking.run import Status
 from tuning.sweep import schedulers
 from tuning.sweep.concurrency import DRIVER_CPUS, plan_slots
-from tuning.sweep.live_table import showing, summary
+from tuning.sweep.live_table import live_progress, summary
 from tuning.sweep.optuna_search import Suggestions
-from tuning.sweep.plan import Request, make_plan
+from tuning.sweep.plan import SweepRequest, make_plan
 from tuning.sweep.recorder import Recorder
 from tuning.sweep.space import Space
 from tuning.sweep.sweep_record import Sweep
 from tuning.sweep.trial import Task, TrialRun
-from tuning.sweep.tune_callback import Follow
+from tuning.sweep.tune_callback import TuneEvents
 
 logger = logging.getLogger(__name__)
 
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the record and MLflow have it all
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: Tune's would end as if all were done
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own handler would end the sweep as if all trials were done
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "600",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -40,19 +40,19 @@ QUIET = {
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a sweep left."""
+class SweepOutcome:
+    """Result of a sweep."""
 
     folder: str
     sweep: Sweep
     text: str = field(repr=False)
-    """The summary, some lines."""
+    """The summary as the command prints it, several lines."""
 
 
-def tune(request: Request) -> Outcome:
-    """Run a sweep, or go on with it. Raises InputError for what the user can mend, before the first trial starts.
+def tune(request: SweepRequest) -> SweepOutcome:
+    """Run or resume a sweep. Raises InputError before the first trial starts, for what the user can correct;
 
-    TrainingFailed where most trials failed; the sweep can be resumed.
+    TrainingFailed where most trials failed, after which the sweep can be resumed.
     """
     plan = make_plan(request)
     connect.connect()
@@ -66,7 +66,7 @@ def tune(request: Request) -> Outcome:
     runner = _Runner(recorder, base, count)
     status: Status = "FAILED"
     try:
-        with showing(recorder.sweep, recorder.progress, recorder.lock):
+        with live_progress(recorder.sweep, recorder.progress, recorder.lock):
             _search(runner, plan.space)
             _repeat(runner)
         status = "FINISHED"
@@ -75,7 +75,7 @@ def tune(request: Request) -> Outcome:
         raise
     finally:
         recorder.close(status, status.lower())
-    return Outcome(plan.folder, recorder.sweep, summary(recorder.sweep, plan.folder))
+    return SweepOutcome(plan.folder, recorder.sweep, summary(recorder.sweep, plan.folder))
 
 
 class _Runner:
@@ -86,15 +86,17 @@ class _Runner:
         self._base, self._count = base, count
 
     def run(
-        self, tasks: Sequence[Task], scheduler: Any = None, holds: tuple[int, ...] = (), search: Any = None
+        self, tasks: Sequence[Task], scheduler: Any = None, pause_points: tuple[int, ...] = (), search: Any = None
     ) -> None:
-        """Run the tasks, or what a searcher makes up, as many at once as fit; returns when all have ended or paused."""
+        """Run the tasks, or what a searcher suggests, as many at once as fit, until all have ended or paused."""
         from ray import tune as ray_tune
 
-        given = ray_tune.with_parameters(TrialRun, base=self._base, holds=holds, post=self.recorder.mailbox)
+        trainable = ray_tune.with_parameters(
+            TrialRun, base=self._base, pause_points=pause_points, mailbox=self.recorder.mailbox
+        )
         missing = self.sweep.trials_planned - sum(trial.ended for trial in self.sweep.trials)
         ray_tune.Tuner(
-            ray_tune.with_resources(given, {"CPU": DRIVER_CPUS}),
+            ray_tune.with_resources(trainable, {"CPU": DRIVER_CPUS}),
             param_space={} if search else {"task": ray_tune.grid_search([task._asdict() for task in tasks])},
             tune_config=ray_tune.TuneConfig(
                 scheduler=scheduler,
@@ -108,13 +110,13 @@ class _Runner:
             run_config=ray_tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{time.monotonic_ns() % 1000:03d}",
                 storage_path=storage.join(self.recorder.folder, "tune"),
-                callbacks=[Follow(self.recorder)],
+                callbacks=[TuneEvents(self.recorder)],
                 failure_config=ray_tune.FailureConfig(max_failures=0),
                 checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
             ),
         ).fit()
-        self.recorder.catch_up()
+        self.recorder.flush_events()
 
 
 def _trial_name(trial: Any) -> str:
@@ -123,7 +125,7 @@ def _trial_name(trial: Any) -> str:
 
 
 def _search(runner: _Runner, space: Space) -> None:
-    """All trials, to their ends or as far as the scheduler lets them."""
+    """Train all trials, each to its end or as far as the scheduler lets it."""
     sweep, planned = runner.sweep, runner.sweep.samples_planned
     if sweep.scheduler == "halving":
         return _halve(runner)
@@ -132,32 +134,32 @@ def _search(runner: _Runner, space: Space) -> None:
     if not open_trials and not missing:
         return None
     scheduler = schedulers.tune_scheduler(sweep.scheduler, planned)
-    schedulers.remember(scheduler, sweep)
-    holds = schedulers.holds(sweep.scheduler, planned, sweep.base.checkpoints.every)
+    schedulers.replay_history(scheduler, sweep)
+    pause_points = schedulers.pause_points(sweep.scheduler, planned, sweep.base.checkpoints.every)
     search = Suggestions(sweep, space) if sweep.search == "optuna" else None
-    tasks = [Task(t.trial_id, t.overrides, report=schedulers.last_report(t, sweep)) for t in open_trials]
-    return runner.run(tasks, scheduler, holds, search)
+    tasks = [Task(t.trial_id, t.overrides, undecided=schedulers.undecided_validation(t, sweep)) for t in open_trials]
+    return runner.run(tasks, scheduler, pause_points, search)
 
 
 def _halve(runner: _Runner) -> None:
-    """Rung after rung; each trains only those who have not come so far."""
+    """Synchronous halving: one round of Tune a rung, with the trials that have not reached it."""
     sweep = runner.sweep
     while True:
         turn = schedulers.halving(sweep.trials, sweep.samples_planned)
         for trial_id, reason in turn.pruned.items():
             if not sweep.trial(trial_id).ended:
-                runner.recorder.stopped(trial_id, reason)
+                runner.recorder.trial_stopped(trial_id, reason)
         if not turn.trials:
             return
         until = turn.until if turn.until < sweep.samples_planned else 0
         runner.run([Task(trial.trial_id, trial.overrides, until=until) for trial in turn.trials])
         for trial in turn.trials:
             if not trial.ended and (not until or trial.at(until) is None):
-                runner.recorder.failed(trial.trial_id, "it ended before it was validated")
+                runner.recorder.trial_failed(trial.trial_id, "it ended before it was validated")
 
 
 def _repeat(runner: _Runner) -> None:
-    """Finalists again, with the seeds that follow their own; what an earlier driver has done is not done again."""
+    """Train the finalists again with the seeds that follow the sweep's, except repeats that the record has already."""
     sweep = runner.sweep
     tasks = [
         Task(trial.trial_id, trial.overrides, seed=seed)

@@ -1,4 +1,4 @@
-"""Which trials go on: at rungs of 1/9 and 1/3 of the samples a third of them does (eta 3).
+"""Which trials go on. At rungs of 1/9 and 1/3 of the planned samples the best third does (eta = 3).
 
 `asha` and `median` are Ray Tune's own. `halving` is synchronous: all trials of a rung wait for each other, so their
 order does not matter. Ray's HyperBandScheduler, the nearest to it, deals trials to brackets of fixed sizes, some of
@@ -12,15 +12,17 @@ from typing import Any, Literal, NamedTuple
 from tuning.sweep.sweep_record import METRIC, Sweep, Trial
 
 ETA = 3
-"""One in so many goes on from a rung, and the next rung has so many times the samples."""
+"""One trial in ETA goes on from a rung, and the next rung has ETA times the samples."""
 RUNGS = 3
+"""Rungs, the end of training included."""
 TIME = "samples_seen"
+"""Key of a Tune result by which schedulers measure progress."""
 
-Name = Literal["asha", "halving", "median", "none"]
+SchedulerName = Literal["asha", "halving", "median", "none"]
 
 
 def rungs(planned: int) -> list[int]:
-    """Samples seen at which trials are judged, the end left aside."""
+    """Samples seen at which trials are judged, ascending; the end of training is not among them."""
     first = max(1, planned // ETA ** (RUNGS - 1))
     return [first * ETA**place for place in range(RUNGS - 1) if first * ETA**place < planned]
 
@@ -31,8 +33,11 @@ def validation_share(every: float) -> float:
     return 1 / float(finest * math.ceil(1 / (finest * every) - 1e-9))
 
 
-def holds(name: Name, planned: int, every: float) -> tuple[int, ...]:
-    """Samples at which a trial waits for its scheduler's decision; `halving` ends a trial at its rung instead."""
+def pause_points(name: SchedulerName, planned: int, every: float) -> tuple[int, ...]:
+    """Samples seen at which a trial pauses until its scheduler has decided, ascending.
+
+    None for `halving`, which ends a trial at its rung and starts it again if it goes on.
+    """
     if name == "asha":
         return tuple(rungs(planned))
     if name == "median":
@@ -40,7 +45,7 @@ def holds(name: Name, planned: int, every: float) -> tuple[int, ...]:
     return ()
 
 
-def tune_scheduler(name: Name, planned: int) -> Any:
+def tune_scheduler(name: SchedulerName, planned: int) -> Any:
     """The Ray scheduler of that name: `asha`, `median`, or first in first out."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
@@ -54,48 +59,52 @@ def tune_scheduler(name: Name, planned: int) -> Any:
     return FIFOScheduler()
 
 
-class _Past:
-    """A trial of an earlier driver, as schedulers see one."""
+class TrialStub:
+    """A trial as schedulers see one: nothing but its id."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
 
 
-def remember(scheduler: Any, sweep: Sweep) -> None:
-    """Tell a new scheduler what an earlier driver's had heard: Tune does not keep it (it saves searchers alone).
+def replay_history(scheduler: Any, sweep: Sweep) -> None:
+    """Give a new scheduler the results of an interrupted sweep, for Tune saves the state of searchers only.
 
-    What an unfinished trial reports again when it goes on (`last_report`) is left for it to tell.
+    What an unfinished trial reports again when it goes on (`undecided_validation`) is left out, or it counted twice.
     """
     for trial in sweep.trials:
-        told = trial.curve if trial.ended else [point for point in trial.curve if point != last_report(trial, sweep)]
-        if not told:
+        again = None if trial.ended else undecided_validation(trial, sweep)
+        points = [point for point in trial.curve if point != again]
+        if not points:
             continue
-        past = _Past(trial.trial_id)
+        past = TrialStub(trial.trial_id)
         scheduler.on_trial_add(None, past)
-        for seen, value in told:
+        for seen, value in points:
             scheduler.on_trial_result(None, past, {TIME: seen, METRIC: value})
         if trial.ended:
-            scheduler.on_trial_complete(None, past, {TIME: told[-1][0], METRIC: told[-1][1]})
+            scheduler.on_trial_complete(None, past, {TIME: points[-1][0], METRIC: points[-1][1]})
 
 
-def last_report(trial: Trial, sweep: Sweep) -> tuple[int, float] | None:
-    """The newest validation, where the scheduler may not have decided on it before the driver ended."""
+def undecided_validation(trial: Trial, sweep: Sweep) -> tuple[int, float] | None:
+    """(samples, value) of the newest validation, if it was at a pause point, else None.
+
+    The driver may have been lost before the scheduler decided on it, so a trial that goes on reports it again.
+    """
     if not trial.curve:
         return None
     before = trial.curve[-2][0] if len(trial.curve) > 1 else 0
-    held = holds(sweep.scheduler, sweep.samples_planned, sweep.base.checkpoints.every)
-    return trial.curve[-1] if any(before < hold <= trial.curve[-1][0] for hold in held) else None
+    points = pause_points(sweep.scheduler, sweep.samples_planned, sweep.base.checkpoints.every)
+    return trial.curve[-1] if any(before < point <= trial.curve[-1][0] for point in points) else None
 
 
 class Round(NamedTuple):
     """What synchronous halving does next."""
 
     until: int
-    """Samples to train up to; at or beyond the planned ones: to the end."""
+    """Samples to train up to; the planned ones or more: to the end."""
     trials: list[Trial]
-    """Who trains; none: the search is over."""
+    """Trials of this round; none: the search is over."""
     pruned: dict[str, str]
-    """{trial id: reason} of all who did not go on from some rung."""
+    """{trial id: reason} of all trials that did not go on from some rung."""
 
 
 def halving(trials: Sequence[Trial], planned: int) -> Round:
@@ -111,6 +120,7 @@ def halving(trials: Sequence[Trial], planned: int) -> Round:
         values = {trial.trial_id: value for trial in members if (value := trial.at(rung)) is not None}
         ranked = sorted((t for t in members if t.trial_id in values), key=lambda t: -values[t.trial_id])
         kept = ranked[: math.ceil(len(members) / ETA)]
+        # A failed trial has no value, but counts: a third of all `members` goes on, or failures would dilute the rung.
         for place, trial in enumerate(ranked[len(kept) :], len(kept) + 1):
             pruned[trial.trial_id] = (
                 f"place {place} of {len(members)} at {trial.samples_at(rung):,} samples: recall "
@@ -121,6 +131,6 @@ def halving(trials: Sequence[Trial], planned: int) -> Round:
 
 
 def finalists(sweep: Sweep) -> list[Trial]:
-    """Who is trained again with other seeds: a third of the trials, at most three, best first."""
+    """Trials to be trained again with other seeds: the best third, at most three, best first."""
     most = min(3, math.ceil(len(sweep.trials) / ETA))
     return [trial for trial in sweep.ranked() if not trial.own_alarms or trial.status == "finished"][:most]

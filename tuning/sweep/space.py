@@ -17,22 +17,24 @@ from pydantic import ValidationError
 from models.config import InputError
 from models.objectives import ScheduleState, assigns, check_codebook, coefficients
 from pipelines import storage
-from pipelines.cli.flags import leaves
 from pipelines.config import ExperimentConfig
 
-Kind = Literal["grid", "choice", "uniform", "loguniform"]
-LISTS: tuple[Kind, ...] = ("grid", "choice")
+DimensionKind = Literal["grid", "choice", "uniform", "loguniform"]
+"""How candidates are given: `grid` and `choice` list them, `uniform` and `loguniform` bound a range."""
+LISTS: tuple[DimensionKind, ...] = ("grid", "choice")
 SHARED = ("preset", "out", "name", "train_data", "val_data", "optim.epochs", "optim.min_samples")
 SHARED_SECTIONS = ("compute", "validation", "checkpoints", "progress", "pairs")
+"""Keys and sections that no sweep searches: trials that differ in data, protocol or length cannot be compared."""
 SEARCHED_PAIRS = ("pairs.augment", "pairs.crop_area_min")
-"""Keys that are the same for all trials, or trials would differ in protocol or length; of `pairs` but these two."""
+"""Keys of the section `pairs` that can be searched all the same: validation does not depend on them."""
 DEFAULT = "temperature-codebook"
+"""Name of the ready space that is searched where a preset has a codebook and no space is named."""
 
 
 class Dimension(NamedTuple):
     """The candidates of one key: a list, or the bounds of a range."""
 
-    kind: Kind
+    kind: DimensionKind
     values: list[Any]
 
     @property
@@ -41,11 +43,12 @@ class Dimension(NamedTuple):
         return self.kind in LISTS
 
     def json(self) -> dict[str, list[Any]]:
-        """As `sweep.json` has it."""
+        """{kind: values}, as a space file and `sweep.json` have it."""
         return {self.kind: self.values}
 
 
 Space = dict[str, Dimension]
+"""{dotted key: its candidates}."""
 Point = dict[str, Any]
 """{dotted key: value}."""
 
@@ -123,7 +126,7 @@ def random_points(space: Space, base: ExperimentConfig, trials: int, seed: int =
 
 
 def combinations(space: Space) -> int | None:
-    """How many there are; None where a key has a range."""
+    """Number of combinations of the space's lists; None where a key has a range."""
     lists = all(dimension.is_list for dimension in space.values())
     return math.prod(len(dimension.values) for dimension in space.values()) if lists else None
 
@@ -145,7 +148,7 @@ def tune_domains(space: Space) -> dict[str, Any]:
 
 
 def _draw(dimension: Dimension, random: np.random.Generator) -> Any:
-    """A candidate; of a range a number of four digits, whole where both bounds are."""
+    """A candidate; from a range a number of four significant digits, whole where both bounds are."""
     kind, values = dimension
     if kind in LISTS:
         return values[int(random.integers(len(values)))]
@@ -157,7 +160,7 @@ def _draw(dimension: Dimension, random: np.random.Generator) -> Any:
 
 
 def _identity(experiment: ExperimentConfig) -> str:
-    """Equal for configurations that train alike: a fixed temperature is not clamped."""
+    """A text that is equal for configurations that train alike: `clamp` has no effect on a fixed temperature."""
     if not experiment.objective.temperature.learn:
         experiment = experiment.override({"objective.temperature.clamp": True})
     return experiment.model_dump_json()
@@ -207,50 +210,74 @@ def _read_file(uri: str) -> Space:
 
 
 def _dimension(key: str, entry: Any) -> Dimension:
+    """The candidates of a key, from a list or from {kind: list}; raises InputError for any other form."""
     if isinstance(entry, list):
         entry = {"grid": entry}
-    if not isinstance(entry, dict) or len(entry) != 1 or next(iter(entry)) not in get_args(Kind):
-        raise InputError(f"--space: {key}: needs a list, or one of {', '.join(get_args(Kind))} with a list")
-    kind, values = next(iter(entry.items()))
+    kinds = get_args(DimensionKind)
+    if not isinstance(entry, dict) or len(entry) != 1 or not entry.keys() <= {*kinds}:
+        raise InputError(f"--space: {key}: needs a list, or one of {', '.join(kinds)} with a list")
+    ((kind, values),) = entry.items()
     if not isinstance(values, list) or not values:
         raise InputError(f"--space: {key}: {kind} needs a list of values, got {json.dumps(values)}")
     if kind not in LISTS:
-        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-        if len(numbers) != 2 or len(values) != 2 or not numbers[0] < numbers[1]:
-            raise InputError(f"--space: {key}: {kind} needs two numbers, the smaller one first, got {values}")
-        if kind == "loguniform" and numbers[0] <= 0:
-            raise InputError(f"--space: {key}: loguniform needs bounds above 0, got {values}")
+        _require_bounds(key, kind, values)
     return Dimension(kind, values)
+
+
+def _require_bounds(key: str, kind: DimensionKind, values: list[Any]) -> None:
+    """Raises InputError unless the values are the two bounds of a range of that kind."""
+    if len(values) != 2 or not all(map(_is_number, values)) or not values[0] < values[1]:
+        raise InputError(f"--space: {key}: {kind} needs two numbers, the smaller one first, got {values}")
+    if kind == "loguniform" and values[0] <= 0:
+        raise InputError(f"--space: {key}: loguniform needs bounds above 0, got {values}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _checked(space: Space, base: ExperimentConfig) -> Space:
     """The space with values as the configuration reads them; raises InputError for a key or any value that is wrong."""
-    known = [key for key, _, _ in leaves(base)]
     checked: Space = {}
-    for key, (kind, values) in space.items():
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "; `triptych train PRESET --help` lists all"
-            raise InputError(f"--space: {key}: no such key{hint}")
-        section = key.partition(".")[0]
-        if key in SHARED or (section in SHARED_SECTIONS and key not in SEARCHED_PAIRS):
-            raise InputError(f"--space: {key}: is the same for all trials, or they could not be compared; set the flag")
+    for key, dimension in space.items():
+        _require_searchable(key, base)
         if key.startswith("objective.codebook."):
             _require_codebook(key, base, space)
-        read = [_value(key, value, base) for value in values]
-        if kind not in LISTS and any(isinstance(value, bool) or not isinstance(value, int | float) for value in read):
-            raise InputError(f"--space: {key}: takes no number, so {kind} does not fit; list its values")
-        if len({json.dumps(value) for value in read}) < len(read):
-            raise InputError(f"--space: {key}: a value stands twice in {values}")
-        checked[key] = Dimension(kind, read)
+        checked[key] = _read_values(key, dimension, base)
+    # Every candidate is tried by itself, whether a search would draw it or not, so that no trial is lost to it later.
+    # Those of the codebook are tried together with the weights by which the space itself turns the codebook on.
     for key, dimension in checked.items():
+        around = _with_codebook(base, checked) if key.startswith("objective.codebook.") else base
         for value in dimension.values:
-            check_point({key: value}, _with_codebook(base, checked) if key.startswith("objective.codebook.") else base)
+            check_point({key: value}, around)
     return checked
 
 
+def _require_searchable(key: str, base: ExperimentConfig) -> None:
+    """Raises InputError for a key that the configuration lacks, or that is the same for all trials."""
+    known = [key for key, _, value in base.leaves() if not isinstance(value, dict)]  # a backbone fills in its own
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; `triptych train PRESET --help` lists all"
+        raise InputError(f"--space: {key}: no such key{hint}")
+    section = key.partition(".")[0]
+    if key in SHARED or (section in SHARED_SECTIONS and key not in SEARCHED_PAIRS):
+        raise InputError(f"--space: {key}: is the same for all trials, or they could not be compared; set the flag")
+
+
+def _read_values(key: str, dimension: Dimension, base: ExperimentConfig) -> Dimension:
+    """The dimension with values as the configuration reads them; raises InputError for wrong or equal ones."""
+    kind, values = dimension
+    read = [_value(key, value, base) for value in values]
+    if kind not in LISTS and not all(map(_is_number, read)):
+        raise InputError(f"--space: {key}: takes no number, so {kind} does not fit; list its values")
+    if len({json.dumps(value) for value in read}) < len(read):
+        raise InputError(f"--space: {key}: a value stands twice in {values}")
+    return Dimension(kind, read)
+
+
 def _value(key: str, value: Any, base: ExperimentConfig) -> Any:
-    """A candidate as the configuration reads it."""
+    """A candidate as the configuration reads it, as JSON has it: 1 becomes 1.0 for a float, a tuple a list."""
     try:
         experiment = base.override({key: value})
     except ValidationError as error:
@@ -275,5 +302,5 @@ def _with_codebook(base: ExperimentConfig, space: Mapping[str, Dimension]) -> Ex
 
 
 def _reason(error: ValidationError) -> str:
-    """What pydantic has against a value, without what it calls the place."""
+    """Pydantic's messages on one line, without the field's path, which our message has already."""
     return " or ".join(dict.fromkeys(entry["msg"].lower() for entry in error.errors()))

@@ -1,4 +1,7 @@
-"""`sweep.json`: what a sweep searches and how far each of its trials has come; whole at any moment."""
+"""`sweep.json`: what a sweep searches and how far each of its trials has come (docs/formats.md 9).
+
+It is written whole or not at all, so a reader never sees half of it.
+"""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -10,23 +13,39 @@ from models.config import InputError
 from models.redact import redact
 from pipelines import storage
 from pipelines.config import ExperimentConfig
-from pipelines.evaluation.recall_table import MEAN_RECALL, mean_recall
+from pipelines.recall import MEAN_RECALL, mean_recall
 
 FILE_NAME = "sweep.json"
 METRIC = MEAN_RECALL
-"""What trials are judged by while they train."""
+"""Trials are judged by this while they train: recall at 1 on the fixed validation sample, mean of both directions."""
 REPEAT_NOTE = "repeat with seed "
-"""What a trial's note on a repeat that came to nothing begins with, among its alarms."""
+"""Start of a note, among a trial's alarms, on a repeat that ended without a model."""
 
 TrialStatus = Literal["pending", "running", "finished", "pruned", "failed"]
 ENDED: tuple[TrialStatus, ...] = ("finished", "pruned", "failed")
 
 
-def place_of(folder: str, trial_id: str, seed: int | None = None) -> dict[str, Any]:
-    """{dotted key: value} that puts a trial's run, or its repeat with another seed, into the sweep's `folder`."""
+def trial_id(number: int) -> str:
+    """Id of the trial of that number, from 0: t00, t01, ..."""
+    return f"t{number:02d}"
+
+
+def run_overrides(folder: str, trial_id: str, seed: int | None = None) -> dict[str, Any]:
+    """{dotted key: value} by which a trial, or its repeat with another seed, trains inside the sweep's `folder`."""
     if seed is None:
         return {"out": storage.join(folder, "trials"), "name": trial_id}
     return {"out": storage.join(folder, "trials", trial_id, "repeats"), "name": str(seed), "seed": seed}
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """{dotted key: its last two parts, or as many more as tell it from the others}: `temperature.start`."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = [".".join(parts[-count:]) for count in range(min(2, len(parts)), len(parts) + 1)]
+        unique = (tail for tail in tails if sum(other == tail or other.endswith(f".{tail}") for other in keys) == 1)
+        names[key] = next(unique, key)
+    return names
 
 
 Redacted = Annotated[str, AfterValidator(redact)]
@@ -34,7 +53,7 @@ Redacted = Annotated[str, AfterValidator(redact)]
 
 
 class _Record(BaseModel):
-    """A part of the file: unknown keys are refused."""
+    """Base of the file's parts; unknown keys are an error."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
@@ -48,7 +67,7 @@ class Repeat(_Record):
 
 
 class Trial(_Record):
-    """One setting, and what came of it."""
+    """One point of the space, and how its training went."""
 
     trial_id: str
     overrides: dict[str, Any] = {}
@@ -57,19 +76,19 @@ class Trial(_Record):
     reason: Redacted = ""
     """Why it was pruned or failed."""
     metrics: dict[str, float] = {}
-    """Flat names: of the packaged model where finished, else of the last validation."""
+    """Flat names: scores of the packaged model where finished, else of the last validation."""
     samples_seen: int = 0
-    """Manifest positions in the lineage of its weights."""
+    """Samples that its weights were trained on, over all interruptions."""
     seconds: float = 0.0
     """Wall time of its process, start-up included."""
     curve: list[tuple[int, float]] = []
     """(samples seen, `Sweep.metric`) of each validation."""
     alarms: list[Redacted] = []
-    """What the alarms of its run said, and notes on repeats that came to nothing."""
+    """Texts of its run's alarms, and notes on repeats that ended without a model (`REPEAT_NOTE`)."""
     repeats: list[Repeat] = []
     mlflow_run_id: str = ""
     run_folder: str = ""
-    """Below the sweep's folder."""
+    """Path relative to the sweep's folder."""
 
     @property
     def ended(self) -> bool:
@@ -85,7 +104,7 @@ class Trial(_Record):
 
     @property
     def own_alarms(self) -> list[str]:
-        """What the alarms of its own run said."""
+        """Texts of its own run's alarms."""
         return [text for text in self.alarms if not text.startswith(REPEAT_NOTE)]
 
     def over_seeds(self) -> list[float]:
@@ -108,16 +127,16 @@ class Trial(_Record):
         return next((seen for seen, _ in self.curve if seen >= samples), None)
 
     def add_point(self, samples: int, value: float) -> None:
-        """Take a validation; work that was done again after a loss takes the place of what it repeats."""
+        """Add a validation; after a loss, samples are trained again and their points replaced."""
         self.curve = [*(point for point in self.curve if point[0] < samples), (samples, value)]
 
 
 class Protocol(_Record):
-    """What all trials are validated on."""
+    """The validation data, the same for all trials of a sweep."""
 
     val_data: str
     val_manifest: str
-    """The manifest's hash."""
+    """Hash of its manifest."""
     pairs: int
     """Validation pairs scored while training."""
 
@@ -138,10 +157,10 @@ class Sweep(_Record):
     seed: int = 0
     metric: str = METRIC
     samples_planned: int = 0
-    """Of one trial that is not pruned."""
+    """Samples of one trial that is trained to its end."""
     protocol: Protocol
     mlflow_run_id: str = ""
-    """The parent run."""
+    """Id of the sweep's own run, parent of its trials' runs."""
     commit: str = ""
     created: str = ""
     """UTC, ISO 8601."""
@@ -171,16 +190,16 @@ class Sweep(_Record):
 
     @property
     def samples_used(self) -> int:
-        """Samples of all trials, repeats left aside."""
+        """Samples of all trials, without repeats."""
         return sum(trial.samples_seen for trial in self.trials)
 
     def experiment(self, trial: Trial) -> ExperimentConfig:
-        """The configuration that a trial trains with, its place in the sweep's folder included."""
-        place = place_of(storage.join(self.base.out, self.name), trial.trial_id)
-        return self.base.override(trial.overrides | place)
+        """The configuration that a trial trains with, in its own run folder."""
+        location = run_overrides(storage.join(self.base.out, self.name), trial.trial_id)
+        return self.base.override(trial.overrides | location)
 
     def ranked(self) -> list[Trial]:
-        """Trials that did not fail and were validated: finished ones first, then who came furthest; best first."""
+        """Trials with a recall that did not fail, best first: finished ones, then by samples, then by recall."""
         able = [
             (trial, recall)
             for trial in self.trials
@@ -198,7 +217,7 @@ class Sweep(_Record):
 def best_over_seeds(trials: Sequence[Trial]) -> Trial | None:
     """The finished trial with the highest mean recall over its seeds; None where none finished with a recall.
 
-    Where some were repeated, only they are looked at: a single run of another trial may have been lucky.
+    Where some were repeated, only they are considered: a single run of another trial may have been lucky.
     """
     able = [trial for trial in trials if trial.status == "finished" and trial.recall is not None]
     return max(

@@ -1,7 +1,7 @@
-"""A trial in its own process: the same `fit` that `triptych train` calls, which Ray Tune hears of and steers.
+"""A trial in its own process: the same `fit` that `triptych train` calls, steered by Ray Tune.
 
-A Tune step is the training up to the next hold. The run waits there while the scheduler decides, so no sample is
-trained that is not wanted, and leaves by itself when it is told to: its slots are free again, nothing is killed.
+A Tune step is the training up to the next pause point. There the run waits while the scheduler decides, so no sample is
+trained in vain. A run that is not wanted any more is told to leave: it ends by itself, and its resources are free.
 """
 
 import json
@@ -23,14 +23,14 @@ from pipelines.train.events import Event, Listener
 from pipelines.train.fit import Following, TrainingFailed, TrainingLeft, fit
 from pipelines.train.worker import planned_samples
 from tuning.sweep.schedulers import TIME
-from tuning.sweep.sweep_record import METRIC, place_of
+from tuning.sweep.sweep_record import METRIC, run_overrides
 
 FATAL_ALARMS = (COLLAPSE,)
 """Keys of alarms that end a trial, where `triptych train` only warns: it would cost samples and win nothing."""
 LEAVING_SECONDS = 120.0
-"""Longest wait for a run that was told to leave."""
-HEAR_SECONDS = 0.2
-"""Seconds between two looks for a run's events."""
+"""Longest wait for the end of a run that was told to leave."""
+POLL_SECONDS = 0.2
+"""Time between two polls for a run's events."""
 
 Ending = Literal["finished", "paused", "pruned", "failed"]
 
@@ -46,11 +46,11 @@ class Task(NamedTuple):
     overrides: dict[str, Any]
     """{dotted key: value}."""
     seed: int | None = None
-    """Of a repeat."""
+    """The seed of a repeat; None for the trial itself."""
     until: int = 0
-    """Samples after which the trial leaves, to go on later; 0: it trains to its end."""
-    report: tuple[int, float] | None = None
-    """A validation of an earlier driver's time that the scheduler has still to decide on."""
+    """Samples after which the trial ends as paused, to go on later; 0: it trains to its end."""
+    undecided: tuple[int, float] | None = None
+    """(samples, value) of a validation before an interruption on which the scheduler has still to decide."""
 
 
 class End(NamedTuple):
@@ -59,15 +59,20 @@ class End(NamedTuple):
     status: Ending
     reason: str
     metrics: dict[str, float]
-    """Of the packaged model, where finished."""
+    """Scores of the packaged model of a finished run; empty for any other."""
 
 
 class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not typed
-    """One trial after the other, each a run folder; `base`, `holds` and `post` come with `tune.with_parameters`."""
+    """A process that runs one trial after another, each in its own run folder.
 
-    def setup(self, config: dict[str, Any], base: ExperimentConfig, holds: tuple[int, ...], post: Any) -> None:
-        """`config` is {"task": Task as a dict}; `post` is the Mailbox of the sweep's driver."""
-        self._base, self._holds, self._post = base, holds, post
+    `base`, `pause_points` and `mailbox` of `setup` come from `tune.with_parameters`.
+    """
+
+    def setup(
+        self, config: dict[str, Any], base: ExperimentConfig, pause_points: tuple[int, ...], mailbox: Any
+    ) -> None:
+        """`config` is {"task": Task as a dict}; `mailbox` is the Mailbox actor of the sweep's driver."""
+        self._base, self._pause_points, self._mailbox = base, pause_points, mailbox
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -78,66 +83,67 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not typed
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._task = Task(**config["task"])
-        self._report = self._task.report
+        self._undecided = self._task.undecided
         self._thread: threading.Thread | None = None
         self._listener: Listener | None = None
-        self._news: queue.Queue[Event | End] = queue.Queue()
+        self._signals: queue.Queue[Event | End] = queue.Queue()  # what wakes `step`: a pause, or the run's end
         self._last: tuple[int, float] = (0, 0.0)
         self._started = time.monotonic()
-        self._speaking = False
+        self._reported = False
 
     def step(self) -> dict[str, Any]:
-        """Train up to the next hold or to the end; returns samples seen and recall. Raises TrialFailed."""
-        if self._report:
-            (seen, value), self._report = self._report, None
+        """Train up to the next pause point or to the end; returns samples seen and recall. Raises TrialFailed."""
+        if self._undecided:
+            (seen, value), self._undecided = self._undecided, None
             return {TIME: seen, METRIC: value}
         if self._listener is None:
-            self._listener = Listener(self._hear, HEAR_SECONDS)
+            self._listener = Listener(self._forward, POLL_SECONDS)
             self._thread = threading.Thread(target=self._train, args=(self._listener,), name="trial", daemon=True)
             self._thread.start()
         else:
             self._listener.mailbox.answer.remote(True)
         while True:
-            news = self._news.get()
-            if isinstance(news, End):
-                return self._end(news)
-            if not self._task.until or news["samples"] < self._task.until:
-                return {TIME: news["samples"], METRIC: news["metrics"][METRIC]}
+            signal = self._signals.get()
+            if isinstance(signal, End):
+                return self._end(signal)
+            # A pause before `until` asks the scheduler; the one at `until` is the end of this task, so the run leaves.
+            if not self._task.until or signal["samples"] < self._task.until:
+                return {TIME: signal["samples"], METRIC: signal["metrics"][METRIC]}
             self._listener.mailbox.answer.remote(False)
 
     def cleanup(self) -> None:
-        """Let a run that waits at a hold leave, and wait until it has."""
+        """Tell a run that waits at a pause point to leave, and wait until it has."""
         if self._thread is not None and self._thread.is_alive() and self._listener is not None:
             self._listener.mailbox.answer.remote(False)
             self._thread.join(LEAVING_SECONDS)
 
     def _end(self, end: End) -> dict[str, Any]:
-        """Tell the driver, then Tune."""
+        """Report the end to the sweep's driver, then to Tune."""
         seen, value = self._last
         event = {"kind": "ended", "samples": seen, **end._asdict()}
-        ray.get(self._post.put.remote(self._signed(event)))
+        ray.get(self._mailbox.put.remote(self._of_trial(event)))
         if end.status == "failed":
             raise TrialFailed(end.reason)
         return {TIME: seen, METRIC: value, "status": end.status, "done": True}
 
     def _train(self, listener: Listener) -> None:
-        """The thread of the run: it always leaves an End behind, and all events have been heard before."""
+        """Body of the run's thread: whatever happens it puts an End, after all events have been forwarded."""
         end = End("failed", "the trial's process was told to stop", {})
         try:
             metrics, error = self._fit(listener)
             listener.close()
-            end = _judge(metrics, error)
+            end = _end_of_run(metrics, error)
         finally:
-            self._news.put(end)
+            self._signals.put(end)
 
     def _fit(self, listener: Listener) -> tuple[dict[str, float], Exception | None]:
-        """The packaged model's metrics, or what ended the run before."""
+        """(the packaged model's metrics, None), or ({}, what ended the run)."""
         folder = storage.join(self._base.out, self._base.name)
-        place = place_of(folder, self._task.trial_id, self._task.seed)
-        experiment = self._base.override(self._task.overrides | place)
+        location = run_overrides(folder, self._task.trial_id, self._task.seed)
+        experiment = self._base.override(self._task.overrides | location)
         run = storage.join(experiment.out, experiment.name)
         scores = storage.join(run, "metrics.json")
-        holds = (self._task.until,) if self._task.until else self._holds
+        pause_points = (self._task.until,) if self._task.until else self._pause_points
         try:
             if storage.exists(scores):  # the driver was lost between the end of this run and its record
                 samples = Manifest.load(storage.join(run, "manifest.parquet")).count
@@ -145,29 +151,30 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]  # Ray is not typed
                 self._last = (planned_samples(experiment, samples), value)
                 return json.loads(storage.read_bytes(scores)), None
             resume = storage.exists(storage.join(run, "config.json"))
-            return fit(experiment, resume, Following(listener.mailbox, holds, FATAL_ALARMS)).metrics, None
-        except Exception as error:  # whatever it was, the sweep has to hear of it and go on
+            return fit(experiment, resume, Following(listener.mailbox, pause_points, FATAL_ALARMS)).metrics, None
+        except Exception as error:  # whatever it was, the sweep has to record it and go on
             return {}, error
 
-    def _hear(self, event: Event) -> None:
-        """An event of the run, on the listener's thread: the driver gets it, and a hold wakes `step`."""
-        if not self._speaking:
-            self._speaking = True
+    def _forward(self, event: Event) -> None:
+        """Send an event of the run to the driver, or wake `step` where it is a pause; runs on the listener's thread."""
+        if not self._reported:
+            self._reported = True
             seconds = time.monotonic() - self._started
-            self._post.put.remote(self._signed({"kind": "startup", "seconds": seconds, **_place(event)}))
+            where = {name: event[name] for name in ("step", "samples")}
+            self._mailbox.put.remote(self._of_trial({"kind": "startup", "seconds": seconds, **where}))
         if event["kind"] == "validation":
             self._last = (event["samples"], event["metrics"][METRIC])
         if event["kind"] == "hold":
-            self._news.put(event)
+            self._signals.put(event)
         else:  # the driver has a validation before the scheduler decides on it
-            ray.get(self._post.put.remote(self._signed(event)))
+            ray.get(self._mailbox.put.remote(self._of_trial(event)))
 
-    def _signed(self, event: Event) -> Event:
+    def _of_trial(self, event: Event) -> Event:
         return {"trial_id": self._task.trial_id, "seed": self._task.seed, **event}
 
 
-def _judge(metrics: dict[str, float], error: Exception | None) -> End:
-    """What an ended run amounts to: pruned only where an alarm is what ended it, whatever it was warned of before."""
+def _end_of_run(metrics: dict[str, float], error: Exception | None) -> End:
+    """How a run ended, by what it raised: pruned only where an alarm ended it, whatever alarms came before."""
     if error is None:
         return End("finished", "", metrics)
     if isinstance(error, TrainingLeft):
@@ -176,7 +183,3 @@ def _judge(metrics: dict[str, float], error: Exception | None) -> End:
     if isinstance(error, TrainingFailed):
         return End("pruned" if error.alarm else "failed", text, {})
     return End("failed", text if isinstance(error, InputError) else f"{type(error).__name__}: {text}", {})
-
-
-def _place(event: Event) -> Event:
-    return {name: event[name] for name in ("step", "samples")}

@@ -57,12 +57,13 @@ def test_tune_takes_its_own_options_and_all_of_train(monkeypatch, capsys):
 
 def test_compare_promote_and_rollback_print_what_they_did(monkeypatch, capsys):
     from serving.service.smoke import served_vectors
-    from tuning.compare.compare_runs import Outcome
+    from tuning.compare.compare_runs import CompareOutcome
 
     calls = []
     promotion = type("Promotion", (), {"text": lambda self: "read done"})()
     monkeypatch.setattr(
-        "tuning.compare.compare_runs.compare_runs", lambda *a: calls.append(a) or Outcome("table", "x/report.html")
+        "tuning.compare.compare_runs.compare_runs",
+        lambda *a: calls.append(a) or CompareOutcome("table", "x/report.html"),
     )
     monkeypatch.setattr("tuning.promote.promote.promote", lambda *a: calls.append(a) or promotion)
     monkeypatch.setattr("tuning.promote.promote.rollback", lambda *a: calls.append(a) or promotion)

@@ -8,6 +8,7 @@ from pipelines.cluster import connect
 from pipelines.tracking.registry import Registry
 from tests.support.promotion_cases import PAIRS, evaluate_directly, make_run, write_data
 from tuning.promote import checks
+from tuning.promote.promote import promote
 
 NUMBERS = itertools.count()
 
@@ -41,3 +42,18 @@ def registry(folder):
 def name(request):
     """A model name of the test's own."""
     return f"{request.node.name.split('[')[0][:80]}-{next(NUMBERS)}"
+
+
+@pytest.fixture(scope="module")
+def standing(folder):
+    """A model whose champion is version 1, for what is refused."""
+    promote_directly(str(folder / "poor"), "standing")
+    return "standing"
+
+
+def promote_directly(*arguments):
+    """Promote from a fixture wider than a test, without Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "evaluate_package", evaluate_directly)
+        patch.setattr(connect, "connect", lambda: None)
+        return promote(*arguments)

@@ -1,6 +1,7 @@
+"""Promotion and rollback: what they leave in the registry, whatever fails or happens at the same time."""
+
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -9,76 +10,37 @@ import threading
 import time
 import urllib.request
 from contextlib import ExitStack
-from math import sqrt
 from pathlib import Path
 
 import pytest
-import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from mlflow.tracking import MlflowClient
 
 from models.config import InputError
-from models.package import health_vectors, load_package, load_tensors, save_tensors, write_files_json
+from models.package import load_package
 from pipelines.artifacts.resolve import package_of
-from pipelines.cluster import connect
-from pipelines.config import PRESETS
-from pipelines.evaluation.recall_table import mean_recall
 from pipelines.tracking.registry import CHAMPION, PREVIOUS, REPLACES, SPACE, Registry
-from tests.support.promotion_cases import PAIRS, evaluate_directly, make_run, write_data
-from tuning.promote import checks
+from tests.support.promotion_cases import (
+    PAIRS,
+    make_run,
+    nothing_held,
+    recall_of,
+    refused,
+    state,
+    write_data,
+)
 from tuning.promote import promote as promote_module
-from tuning.promote.checks import standard_error
-from tuning.promote.promote import Refused, promote, rollback
-from tuning.sweep.sweep_record import Protocol, Sweep, Trial
+from tuning.promote.promote import PromotionRefused, promote, rollback
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:mlflow.*", "ignore::DeprecationWarning:sqlalchemy.*"
 )
 
 
-@pytest.fixture(scope="module")
-def standing(folder):
-    """A model whose champion is version 1, for what is refused."""
-    promote_directly(str(folder / "poor"), "standing")
-    return "standing"
-
-
-def promote_directly(*arguments):
-    """Promote from a fixture wider than a test, without Ray."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "evaluate_package", evaluate_directly)
-        patch.setattr(connect, "connect", lambda: None)
-        return promote(*arguments)
-
-
-def state(registry, name):
-    """Aliases, and the numbers of all versions."""
-    return registry.aliases(name), [version.number for version in registry.versions(name)]
-
-
-def nothing_held(registry, name):
-    return registry._holder(f"{name}.promoting") == {}
-
-
-def refused(run, name, hint, **options):
-    """Promotion refuses in one line with the hint; returns the record."""
-    with pytest.raises(Refused, match=hint) as caught:
-        promote(str(run), name, **options)
-    assert "\n" not in str(caught.value)
-    return caught.value.promotion
-
-
-def recall_of(run):
-    return mean_recall(json.loads((run / "metrics.json").read_text()))
-
-
 def test_the_made_runs_differ_as_their_names_say(folder):
     assert recall_of(folder / "good") == 1
     assert recall_of(folder / "poor") < recall_of(folder / "fair") < 1
-
-
-# What a promotion leaves
 
 
 def test_the_first_promotion_registers_the_package_with_its_origin_and_makes_it_champion(folder, registry, name):
@@ -119,7 +81,7 @@ def test_every_step_is_told_and_kept_with_the_run(folder, registry, name, caplog
     path = MlflowClient().download_artifacts(done.run_id, registry.by_alias(name, CHAMPION).tags["triptych.promotion"])
     kept = json.loads(Path(path).read_text())
     assert [step["title"] for step in kept["steps"]] == titles and kept["version"] == 1
-    with pytest.raises(Refused):
+    with pytest.raises(PromotionRefused):
         promote(str(folder / "poor"), name)
     run_id = json.loads((folder / "poor" / "mlflow.json").read_text())["run_id"]
     (record,) = [f.path for f in MlflowClient().list_artifacts(run_id, "promotions") if f.path.endswith(name)]
@@ -137,7 +99,7 @@ def test_a_better_one_replaces_and_rollback_goes_back_step_by_step(folder, regis
     assert registry.version(name, 3).tags["triptych.rolled_back"].endswith("to 2")
     rollback(name)
     assert registry.aliases(name) == {CHAMPION: 1}
-    with pytest.raises(Refused, match="version 1 replaced no version") as caught:
+    with pytest.raises(PromotionRefused, match="version 1 replaced no version") as caught:
         rollback(name)
     assert "\n" not in str(caught.value) and registry.aliases(name) == {CHAMPION: 1}
     assert promote(str(folder / "good"), name).version == 4
@@ -145,12 +107,12 @@ def test_a_better_one_replaces_and_rollback_goes_back_step_by_step(folder, regis
 
 
 def test_rollback_refuses_where_there_is_nothing_to_go_back_to(folder, registry, name):
-    with pytest.raises(Refused, match="nothing is promoted"):
+    with pytest.raises(PromotionRefused, match="nothing is promoted"):
         rollback(name)
     promote(str(folder / "poor"), name)
     promote(str(folder / "fair"), name)
     registry.withdraw(registry.version(name, 1))
-    with pytest.raises(Refused, match="no version that is still there"):
+    with pytest.raises(PromotionRefused, match="no version that is still there"):
         rollback(name)
     assert registry.aliases(name) == {CHAMPION: 2}
 
@@ -160,7 +122,7 @@ def test_rollback_refuses_a_version_whose_package_is_gone(folder, registry, name
     promote(str(tmp_path / "lost"), name)
     promote(str(folder / "good"), name)
     (Path(registry.version(name, 1).source) / "config.json").unlink()
-    with pytest.raises(Refused, match=r"refused at verify: .*is not at"):
+    with pytest.raises(PromotionRefused, match=r"refused at verify: .*is not at"):
         rollback(name)
     assert registry.aliases(name) == {CHAMPION: 2, PREVIOUS: 1}
 
@@ -171,203 +133,6 @@ def test_a_run_that_mlflow_does_not_know_gets_a_run_for_its_package(folder, regi
     version = registry.by_alias(name, CHAMPION)
     assert registry.run(version.run_id).status == "FINISHED" and version.source.startswith(str(folder / "mlruns"))
     assert version.tags["triptych.commit"] == "unknown" and "triptych.run_id" not in version.tags
-
-
-# Better, equal, worse
-
-
-def test_a_worse_one_is_refused_unless_allowed_and_an_equal_one_is_fine(folder, registry, name):
-    promote(str(folder / "fair"), name)
-    difference = recall_of(folder / "poor") - recall_of(folder / "fair")
-    record = refused(folder / "poor", name, rf"at compare: worse than the champion.* {difference:.4f} \+- ")
-    assert record.version is None and record.steps[-1].outcome == "refused"
-    assert state(registry, name) == ({CHAMPION: 1}, [1])
-    assert "the same vectors" in promote(str(folder / "fair"), name).text()
-    assert state(registry, name) == ({CHAMPION: 2, PREVIOUS: 1}, [1, 2])
-    assert promote(str(folder / "poor"), name, allow_worse=True).version == 3
-    assert registry.aliases(name) == {CHAMPION: 3, PREVIOUS: 2}
-
-
-def test_the_standard_error_is_that_of_queries_drawn_at_random():
-    image, text, captions, images = 0.3, 0.6, 50, 20
-    generator = torch.Generator().manual_seed(0)
-    draws = [
-        (torch.rand(200_000, n, generator=generator) < p).double().mean(1)
-        for p, n in ((image, captions), (text, images))
-    ]
-    metrics = {"val/image_retrieval_recall_at_1": image, "val/text_retrieval_recall_at_1": text}
-    metrics |= {"val/captions": captions, "val/images": images}
-    assert standard_error(metrics) == pytest.approx(float(((draws[0] + draws[1]) / 2).std()), rel=0.01)
-    assert standard_error(metrics) == pytest.approx(sqrt(0.21 / 50 + 0.24 / 20) / 2)
-
-
-def test_a_champion_that_cannot_be_scored_is_replaced_only_if_allowed(folder, registry, name, tmp_path):
-    make_run(tmp_path / "lost", str(folder / "data"), 3, seed=1)
-    promote(str(tmp_path / "lost"), name)
-    (Path(registry.version(name, 1).source) / "model.safetensors").write_bytes(b"x")
-    refused(folder / "good", name, "the champion cannot be scored .*--allow-worse")
-    assert state(registry, name) == ({CHAMPION: 1}, [1])
-    assert promote(str(folder / "good"), name, allow_worse=True).replaces == 1
-
-
-def test_data_that_change_between_the_two_scores_are_noticed(folder, registry, name, monkeypatch, tmp_path):
-    data = write_data(tmp_path / "data")
-    promote(str(folder / "poor"), name, data=data)
-    scored = []
-
-    def evaluate_and_change(*arguments):
-        scores = evaluate_directly(*arguments)
-        scored.append(scores)
-        if len(scored) == 3:  # the champion
-            write_data(tmp_path / "data" / "more")
-        return scores
-
-    monkeypatch.setattr(checks, "evaluate_package", evaluate_and_change)
-    refused(folder / "good", name, "the data changed meanwhile", data=data)
-    assert registry.aliases(name) == {CHAMPION: 1}
-
-
-# What is no candidate
-
-
-def other_vectors(run):
-    stored = load_tensors(run / "package" / "health.safetensors")
-    stored["text_vectors"][1, 2] += 2e-5
-    save_tensors(stored, run / "package" / "health.safetensors")
-    write_files_json(run / "package")
-
-
-def other_weights(run):
-    weights = load_tensors(run / "package" / "model.safetensors")
-    weights["image_projection.bias"] += 0.01
-    save_tensors(weights, run / "package" / "model.safetensors")
-    write_files_json(run / "package")
-
-
-def cut_weights(run):
-    weights = run / "package" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-
-
-@pytest.mark.parametrize(
-    ("spoil", "hint"),
-    [
-        (other_vectors, "at verify: .*text_vectors differ by 2.*e-05"),
-        (other_weights, "was changed after it was written"),
-        (cut_weights, "was changed|cannot be read|damaged"),
-        (lambda run: (run / "package" / "tokenizer.json").unlink(), "tokenizer.json is missing"),
-        (lambda run: (run / "package" / "README.md").unlink(), "at verify: .*README.md is missing or damaged; train"),
-        (lambda run: (run / "package" / "files.json").unlink(), "left no package"),
-        (lambda run: (run / "metrics.json").unlink(), "left no package with metrics"),
-        (lambda run: (run / "config.json").unlink(), "neither a run folder nor a sweep folder"),
-    ],
-)
-def test_a_package_that_is_not_what_was_trained_is_refused(folder, registry, standing, tmp_path, spoil, hint):
-    run = shutil.copytree(folder / "good", tmp_path / "run")
-    spoil(run)
-    refused(run, standing, hint)
-    assert state(registry, standing) == ({CHAMPION: 1}, [1]) and nothing_held(registry, standing)
-
-
-@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
-def test_a_run_that_failed_is_refused_though_it_has_a_package(folder, registry, standing, tmp_path, status):
-    make_run(tmp_path / "run", str(folder / "data"), PAIRS, status)
-    refused(tmp_path / "run", standing, f"at read: .*did not finish, MLflow has it as {status}")
-    assert state(registry, standing) == ({CHAMPION: 1}, [1])
-
-
-def test_a_reloaded_package_with_another_recall_is_refused(folder, registry, name, monkeypatch):
-    scores = []
-
-    def unsteady(*arguments):
-        scores.append(evaluate_directly(*arguments))
-        return scores[-1] | {"image_retrieval_recall_at_5": 0.5 + 1e-5 * len(scores)}
-
-    monkeypatch.setattr(checks, "evaluate_package", unsteady)
-    refused(folder / "good", name, "at verify: the reloaded package gives val/image_retrieval_recall_at_5 0.500020")
-    assert state(registry, name) == ({}, [])
-
-
-def test_a_service_that_answers_other_vectors_stops_it(folder, registry, name):
-    def honest(package):
-        return health_vectors(load_package(package))[:2]
-
-    def wrong(package):
-        image, text = honest(package)
-        return image, text.flip(0)
-
-    refused(folder / "good", name, "at served: the service's vectors differ", smoke=wrong)
-    assert state(registry, name) == ({}, [])
-    assert "answers the same vectors" in promote(str(folder / "good"), name, smoke=honest).text()
-
-
-# Sweeps
-
-
-def write_sweep(folder, trials):
-    """A sweep whose trials t0, t1, ... are runs that are there, changed as said."""
-    sweep = Sweep(
-        name=folder.name,
-        preset="clip-tiny",
-        base=PRESETS["clip-tiny"],
-        space={},
-        search="grid",
-        scheduler="none",
-        trials_planned=len(trials),
-        protocol=Protocol(val_data="", val_manifest="", pairs=PAIRS),
-    )
-    for number, (run, change) in enumerate(trials):
-        place = folder / "trials" / f"t{number}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(run)
-        fields = {"trial_id": place.name, "status": "finished", "run_folder": f"trials/{place.name}"}
-        fields["mlflow_run_id"] = json.loads((run / "mlflow.json").read_text())["run_id"]
-        fields["metrics"] = json.loads((run / "metrics.json").read_text())
-        sweep.trials.append(Trial(**fields | change))
-    sweep.save(str(folder))
-    return str(folder)
-
-
-def metrics_of(recall):
-    return {"val/image_retrieval_recall_at_1": recall, "val/text_retrieval_recall_at_1": recall}
-
-
-def again(recall):
-    return [{"seed": 1, "metrics": metrics_of(recall), "samples_seen": 1}]
-
-
-COLLAPSED = {"alarms": ["codebook/collapse 0.93 is above 0.9: pairs agree because few codes are in use"]}
-
-
-@pytest.mark.parametrize(
-    ("changes", "chosen"),
-    [
-        (({}, {}, {}), "t2"),
-        (({}, {}, {"status": "pruned"}), "t1"),
-        (({}, {}, COLLAPSED), "t1"),
-        (({}, {}, {"alarms": ["codebook/dead 0.6 is above 0.5: codes"]}), "t2"),
-        (({}, {}, {"alarms": ["repeat with seed 1 pruned: step 9: codebook/collapse 0.95 is above 0.9"]}), "t2"),
-        (({}, {"repeats": again(0.5)}, {}), "t1"),
-        (({}, {}, {"metrics": {}}), "t1"),
-        (({}, {"repeats": again(0.9)}, {"repeats": again(0.1)}), "t1"),
-    ],
-)
-def test_of_a_sweep_the_best_sound_finished_trial_is_taken(folder, registry, name, tmp_path, changes, chosen):
-    runs = [folder / run for run in ("poor", "fair", "good")]
-    sweep = write_sweep(tmp_path / "sweep", list(zip(runs, changes, strict=True)))
-    done = promote(sweep, name)
-    assert f"trial {chosen}" in done.text() and done.run_folder == f"{sweep}/trials/{chosen}"
-    assert registry.by_alias(name, CHAMPION).run_id
-
-
-@pytest.mark.parametrize(("change", "hint"), [({"status": "pruned"}, "none finished"), (COLLAPSED, "collapsed")])
-def test_a_sweep_without_a_sound_finished_trial_is_refused(folder, standing, tmp_path, change, hint):
-    refused(write_sweep(tmp_path / "sweep", [(folder / "good", change)]), standing, f"at read: .*of 1 .*{hint}")
-    (tmp_path / "sweep" / "sweep.json").write_text("{")
-    refused(tmp_path / "sweep", standing, "damaged")
-
-
-# The registry fails, or somebody else promotes
 
 
 def forbid(monkeypatch, call, after=None):
@@ -525,14 +290,11 @@ def test_of_two_promotions_at_once_one_becomes_champion_and_the_other_says_so(
         thread.join()
     (won,) = [outcome for outcome in outcomes.values() if not isinstance(outcome, BaseException)]
     (lost,) = [outcome for outcome in outcomes.values() if isinstance(outcome, BaseException)]
-    assert isinstance(lost, Refused) and any(
+    assert isinstance(lost, PromotionRefused) and any(
         text in str(lost) for text in ("another promotion", "the champion is now version")
     )
     assert registry.aliases(name)[CHAMPION] == won.version and state(registry, name)[1] == [*before, won.version]
     assert nothing_held(registry, name)
-
-
-# Real parts
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Who goes on is decided on recorded curves here, without training; and how many trials run at once."""
+"""Which trials go on, decided on recorded curves, without training."""
 
 import itertools
 import random
@@ -6,15 +6,19 @@ import random
 import pytest
 
 from benchmarks.replay import grid_samples, replay_asha, replay_halving
-from models.config import InputError
-from pipelines.config import PRESETS, ComputeConfig
+from tests.support.sweep_cases import PLANNED, make_sweep
 from tuning.sweep import schedulers
-from tuning.sweep.concurrency import DRIVER_CPUS, at_once, data_cpus
-from tuning.sweep.schedulers import TIME, finalists, halving, holds, last_report, remember, rungs, validation_share
-from tuning.sweep.space import Dimension
-from tuning.sweep.sweep_record import METRIC, Protocol, Sweep, Trial
-
-PLANNED = 9000
+from tuning.sweep.schedulers import (
+    TIME,
+    finalists,
+    halving,
+    pause_points,
+    replay_history,
+    rungs,
+    undecided_validation,
+    validation_share,
+)
+from tuning.sweep.sweep_record import METRIC, Trial
 
 
 def curve(final: float, batch: int = 64, late: float = 0.0) -> list[tuple[int, float]]:
@@ -29,24 +33,6 @@ def curve(final: float, batch: int = 64, late: float = 0.0) -> list[tuple[int, f
 
 def grid(count: int = 9) -> dict[str, list[tuple[int, float]]]:
     return {f"t{n}": curve(0.1 + 0.05 * ((4 * n) % count)) for n in range(count)}
-
-
-def make_sweep(trials: list[Trial], scheduler: str = "asha") -> Sweep:
-    return Sweep(
-        name="s",
-        preset="clip-tiny",
-        base=PRESETS["clip-tiny"].override({"checkpoints.every": 1 / 9}),
-        space={},
-        search="grid",
-        scheduler=scheduler,
-        trials_planned=len(trials),
-        samples_planned=PLANNED,
-        protocol=Protocol(val_data="v", val_manifest="h", pairs=100),
-        trials=trials,
-    )
-
-
-# Rungs
 
 
 def test_rungs_are_a_ninth_and_a_third():
@@ -65,12 +51,9 @@ def test_validations_meet_the_rungs_and_are_not_rarer_than_asked(every):
 
 
 def test_a_trial_waits_for_the_scheduler_only_where_it_decides():
-    assert holds("none", PLANNED, 1 / 9) == holds("halving", PLANNED, 1 / 9) == ()
-    assert holds("asha", PLANNED, 1 / 9) == (1000, 3000)
-    assert holds("median", PLANNED, 1 / 9) == tuple(range(1000, 9000, 1000))
-
-
-# Synchronous halving
+    assert pause_points("none", PLANNED, 1 / 9) == pause_points("halving", PLANNED, 1 / 9) == ()
+    assert pause_points("asha", PLANNED, 1 / 9) == (1000, 3000)
+    assert pause_points("median", PLANNED, 1 / 9) == tuple(range(1000, 9000, 1000))
 
 
 def test_halving_keeps_a_third_at_each_rung_and_finds_the_best():
@@ -150,9 +133,6 @@ def test_equal_trials_are_kept_in_their_order():
     assert [trial.trial_id for trial in halving(trials, PLANNED).trials] == ["t0", "t1"]
 
 
-# Ray's own
-
-
 def test_asha_finds_the_best_in_any_order_and_costs_less_than_the_grid():
     curves = grid()
     orders = [list(curves), list(curves)[::-1], random.Random(0).sample(list(curves), 9)]
@@ -176,43 +156,25 @@ class Live:
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
-def test_a_resumed_scheduler_knows_what_the_earlier_one_heard(name):
+def test_a_resumed_scheduler_decides_as_the_earlier_one_would(name):
     past = [Trial(trial_id=f"t{n}", curve=curve(0.5 + n / 10), status="finished") for n in range(3)]
     fresh, resumed = (schedulers.tune_scheduler(name, PLANNED) for _ in range(2))
-    remember(resumed, make_sweep(past, name))
+    replay_history(resumed, make_sweep(past, name))
     poor = {TIME: 1024, METRIC: 0.01}
     for scheduler, says in ((fresh, "CONTINUE"), (resumed, "STOP")):
         scheduler.on_trial_add(None, Live())
         assert scheduler.on_trial_result(None, Live(), poor) == says
 
 
-def test_what_a_trial_will_report_again_is_not_told_for_it():
+def test_what_a_trial_will_report_again_is_not_replayed():
     held, between = Trial(trial_id="a", curve=[(1024, 0.3)]), Trial(trial_id="b", curve=[(1024, 0.3), (2048, 0.4)])
     sweep = make_sweep([held, between])
-    assert last_report(held, sweep) == (1024, 0.3) and last_report(between, sweep) is None
-    assert last_report(Trial(trial_id="c"), sweep) is None
+    assert undecided_validation(held, sweep) == (1024, 0.3) and undecided_validation(between, sweep) is None
+    assert undecided_validation(Trial(trial_id="c"), sweep) is None
     scheduler = schedulers.tune_scheduler("asha", PLANNED)
-    remember(scheduler, sweep)
+    replay_history(scheduler, sweep)
     rung = scheduler._brackets[0]._rungs[-1]
     assert rung == (1000, {"b": 0.3})
-
-
-def test_optuna_goes_on_with_unfinished_trials_before_it_makes_up_others_under_free_ids():
-    from tuning.sweep.optuna_search import Suggestions
-
-    key = "optim.learning_rate"
-    ended = Trial(trial_id="t00", overrides={key: 0.001}, status="finished", curve=[(9000, 0.5)])
-    unfinished = Trial(trial_id="t02", overrides={key: 0.002}, curve=[(1024, 0.1)])
-    sweep, space = make_sweep([ended, unfinished]), {key: Dimension("loguniform", [1e-4, 1e-2])}
-    first, again = (Suggestions(sweep, space) for _ in range(2))
-    tasks = [first.suggest(str(number))["task"] for number in range(3)]
-    assert [task["trial_id"] for task in tasks] == ["t02", "t01", "t03"]
-    assert tasks[0]["overrides"] == {key: 0.002} and tasks[0]["report"] == (1024, 0.1)
-    assert all(1e-4 <= task["overrides"][key] <= 1e-2 for task in tasks) and tasks[1]["report"] is None
-    assert tasks == [again.suggest(str(number))["task"] for number in range(3)], "drawn by the sweep's seed"
-
-
-# Finalists
 
 
 def test_finalists_are_the_best_third_and_at_most_three():
@@ -239,56 +201,3 @@ def test_what_became_of_a_repeat_does_not_change_who_the_finalists_are():
     assert [trial.trial_id for trial in finalists(make_sweep(trials))] == ["half"]
     trials[0].alarms = ["codebook/collapse 0.95 is above 0.9: pairs agree because few codes are in use"]
     assert [trial.trial_id for trial in finalists(make_sweep(trials))] == ["next"]
-
-
-# Slots
-
-
-def node(cpus: float, gpus: float = 0) -> dict[str, float]:
-    return {"CPU": cpus, "GPU": gpus}
-
-
-@pytest.mark.parametrize(
-    ("nodes", "compute", "count"),
-    [
-        ([node(2)], {}, 2),  # two cores: 2 x (0.25 driver + 0.5 worker + 0.25 data)
-        ([node(4)], {}, 4),
-        ([node(2)], {"workers": 2}, 1),
-        ([node(2)], {"workers": 3}, 1),
-        ([node(2)], {"workers": 4}, 0),
-        ([node(1)], {"cpus_per_worker": 1}, 0),
-        ([node(8), node(8)], {"workers": 4, "cpus_per_worker": 2}, 1),
-        ([node(0), node(4), node(3, 4)], {"gpus": True, "workers": 2}, 2),
-        ([node(64)], {}, 20),
-    ],
-)
-def test_so_many_trials_fit_at_once(nodes, compute, count):
-    assert at_once(nodes, ComputeConfig(**compute), most=20) == count
-
-
-@pytest.mark.parametrize("cpus", [2, 3, 4, 8, 17])
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_all_data_tasks_of_all_trials_fit_at_the_same_time(cpus, workers):
-    compute = ComputeConfig(workers=workers)
-    count = at_once([node(cpus)], compute, most=50)
-    assert count > 0
-    share = data_cpus([node(cpus)], compute, count)
-    readers = count * workers * cpus  # a reader has at most as many tasks as there are cores
-    taken = count * (DRIVER_CPUS + workers * compute.cpus_per_worker) + (readers + count) * share
-    assert 0 < share <= compute.cpus_per_data_task and taken <= cpus + 1e-9
-
-
-def test_a_trial_that_never_fits_is_refused_in_one_line(monkeypatch):
-    import ray
-    import ray.experimental.internal_kv as kv
-
-    from tuning.sweep.concurrency import plan_slots
-
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node(2), "Labels": {}}])
-    monkeypatch.setattr(kv, "_internal_kv_get", lambda key: None)
-    assert plan_slots(ComputeConfig(), 9) == (2, ComputeConfig(cpus_per_data_task=0.0833, threads=1))
-    with pytest.raises(
-        InputError, match=r"--compute\.workers 5: a trial needs 0\.25 CPU for itself, 5 x 0\.5"
-    ) as caught:
-        plan_slots(ComputeConfig(workers=5), 9)
-    assert "\n" not in str(caught.value)

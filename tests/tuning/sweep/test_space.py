@@ -81,6 +81,7 @@ def test_weights_of_terms_that_the_preset_lacks_are_not_searched():
         ({}, "needs an object"),
         ({"optim.learning_rates": [1]}, "optim.learning_rates: no such key; did you mean optim.learning_rate"),
         ({"optim": [1]}, "optim: no such key"),
+        ({"encoder.text.architecture": [{"width": 8}]}, "encoder.text.architecture: no such key"),
         ({"optim.learning_rate": 1}, "optim.learning_rate: needs a list"),
         ({"optim.learning_rate": {"normal": [0, 1]}}, "optim.learning_rate: needs a list, or one of grid, choice"),
         ({"optim.learning_rate": []}, "optim.learning_rate: grid needs a list of values"),

@@ -7,9 +7,9 @@ import pytest
 from models.config import InputError
 from pipelines import storage
 from pipelines.config import PRESETS
-from tuning.sweep.sweep_record import FILE_NAME, METRIC, Protocol, Repeat, Sweep, Trial, place_of
+from tuning.sweep.sweep_record import FILE_NAME, METRIC, Protocol, Repeat, Sweep, Trial, run_overrides, short_names
 
-SIDES = {"val/image_retrieval_recall_at_1": 0.5, "val/text_retrieval_recall_at_1": 0.3}
+BOTH_DIRECTIONS = {"val/image_retrieval_recall_at_1": 0.5, "val/text_retrieval_recall_at_1": 0.3}
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def sweep() -> Sweep:
         trial_id="t00",
         overrides={"objective.temperature.start": 0.07, "optim.betas": [0.9, 0.98]},
         status="finished",
-        metrics=SIDES,
+        metrics=BOTH_DIRECTIONS,
         samples_seen=900,
         seconds=12.5,
         curve=[(100, 0.1), (900, 0.39)],
@@ -65,7 +65,7 @@ def test_it_is_read_back_equal_from_s3(sweep, s3):
     assert Sweep.load(folder) == sweep
 
 
-def test_the_file_has_the_names_that_the_contract_has(sweep, tmp_path):
+def test_the_file_has_the_names_that_its_format_has(sweep, tmp_path):
     sweep.save(str(tmp_path))
     tree = json.loads((tmp_path / FILE_NAME).read_text(), parse_constant=pytest.fail)
     assert {"name", "preset", "base", "space", "search", "scheduler", "trials_planned", "repeats_planned"} <= set(tree)
@@ -133,4 +133,17 @@ def test_a_trials_configuration_is_the_base_with_its_overrides_in_its_own_folder
     experiment = sweep.experiment(sweep.trials[0])
     assert experiment.objective.temperature.start == 0.07 and experiment.optim.betas == (0.9, 0.98)
     assert (experiment.out, experiment.name, experiment.seed) == ("/out/s/trials", "t00", 0)
-    assert place_of("s3://b/s", "t00", 5) == {"out": "s3://b/s/trials/t00/repeats", "name": "5", "seed": 5}
+    assert run_overrides("s3://b/s", "t00", 5) == {"out": "s3://b/s/trials/t00/repeats", "name": "5", "seed": 5}
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (["objective.codebook.size", "objective.queue.size", "seed"], ["codebook.size", "queue.size", "seed"]),
+        (["objective.temperature.start", "objective.codebook.start"], ["temperature.start", "codebook.start"]),
+        (["a.x.y", "b.x.y", "objective.codebook.ipot.beta"], ["a.x.y", "b.x.y", "ipot.beta"]),
+        (["x.y", "a.x.y"], ["x.y", "a.x.y"]),
+    ],
+)
+def test_keys_are_named_as_shortly_as_they_can_be_told_apart(keys, names):
+    assert short_names(keys) == dict(zip(keys, names, strict=True))

@@ -1,5 +1,7 @@
-"""How a trial of a sweep ends: what ended it is told by what its run raised, and by nothing that was heard before."""
+"""How a trial of a sweep ends: by what its run raised, and by nothing that was reported before."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -14,23 +16,14 @@ from pipelines.train import fit as training
 from pipelines.train.alarms import COLLAPSE, ROWS
 from pipelines.train.events import Event
 from pipelines.train.fit import Following
-from tests.support.trial_cases import TEXT, Post, run_of
+from tests.support.paths import ROOT
+from tests.support.trial_cases import TEXT, FakeMailbox, ListenerWithoutThread, trial_run
 from tuning.sweep import trial
 from tuning.sweep.schedulers import TIME
 from tuning.sweep.sweep_record import METRIC
 from tuning.sweep.trial import FATAL_ALARMS, TrialFailed
 
 PLACE = {"step": 9, "samples": 90, "planned": 100}
-
-
-class HeardAtOnce:
-    """Stands for the thread that listens to a run's mailbox."""
-
-    def __init__(self, hear: Callable[[Event], None], interval: float) -> None:
-        self.mailbox = Post(hear)
-
-    def close(self) -> None:
-        """Nothing is left."""
 
 
 @pytest.fixture
@@ -47,17 +40,17 @@ def ended(monkeypatch, tmp_path) -> Callable[[Callable[[], Any]], Event]:
             return then()
 
         monkeypatch.setattr(trial, "fit", fit)
-        monkeypatch.setattr(trial, "Listener", HeardAtOnce)
+        monkeypatch.setattr(trial, "Listener", ListenerWithoutThread)
         monkeypatch.setattr(trial, "ray", SimpleNamespace(get=lambda value: value))
-        post = Post()
-        one = run_of(PRESETS["clip-tiny"].override({"out": str(tmp_path), "name": "sweep"}), post)
+        mailbox = FakeMailbox()
+        one = trial_run(PRESETS["clip-tiny"].override({"out": str(tmp_path), "name": "sweep"}), mailbox)
         try:
             result = one.step()
         except TrialFailed as error:
-            assert str(error) == post.events[-1]["reason"] and post.events[-1]["status"] == "failed"
+            assert str(error) == mailbox.events[-1]["reason"] and mailbox.events[-1]["status"] == "failed"
         else:
-            assert result == {TIME: 90, METRIC: 0.5, "status": post.events[-1]["status"], "done": True}
-        return post.events[-1]
+            assert result == {TIME: 90, METRIC: 0.5, "status": mailbox.events[-1]["status"], "done": True}
+        return mailbox.events[-1]
 
     return end
 
@@ -123,3 +116,8 @@ def test_lost_workers_after_a_collapse_are_a_failure(ended, monkeypatch):
 
 def test_what_ends_a_trial_is_an_alarm_that_there_is():
     assert set(FATAL_ALARMS) <= {row.key for row in ROWS if row.bounds[1] is not None}
+
+
+def test_a_trials_process_imports_no_mlflow():
+    program = "import sys, tuning.sweep.trial; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""What Tune knows of a trial that could not say itself how it ended."""
+"""A trial that could not report how it ended: the reason is taken from what Ray Tune knows."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ from ray import cloudpickle
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from tuning.sweep.trial import TrialFailed
-from tuning.sweep.tune_callback import Follow
+from tuning.sweep.tune_callback import TuneEvents
 
 LOST = "its process was lost; perhaps the machine's memory is too small"
 
@@ -33,9 +33,11 @@ def test_a_trial_that_could_not_say_why_fails_with_what_tune_knows(tmp_path, err
     file = tmp_path / "error.pkl"
     file.write_bytes(cloudpickle.dumps(error))
     noted: list[Any] = []
-    recorder: Any = SimpleNamespace(failed=lambda *args: noted.append(args), require_hope=lambda: noted.append("hope"))
+    recorder: Any = SimpleNamespace(
+        trial_failed=lambda *args: noted.append(args), raise_if_most_failed=lambda: noted.append("checked")
+    )
     lost = SimpleNamespace(
         config={"task": {"trial_id": "t00", "seed": seed}}, pickled_error_file=str(file) if error else None
     )
-    Follow(recorder).on_trial_error(1, [], lost)
-    assert noted == [("t00", reason, seed), *(["hope"] if seed is None else [])]
+    TuneEvents(recorder).on_trial_error(1, [], lost)
+    assert noted == [("t00", reason, seed), *(["checked"] if seed is None else [])]

@@ -1,7 +1,7 @@
 import pytest
 
-from pipelines.artifacts.resolve import mean_recall
 from pipelines.evaluation.evaluate import evaluate_model
+from pipelines.recall import mean_recall
 from serving.service.smoke import served_vectors
 from tests.support.promotion_cases import PAIRS
 from tuning.promote.promote import promote

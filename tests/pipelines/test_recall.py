@@ -1,4 +1,4 @@
-"""The recall that models are chosen by: one rule wherever it is read, and a missing one never wins."""
+"""Recall: one rule for the mean wherever it is read, a missing one never wins, and the rows of tables."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 
 from models.config import InputError
 from pipelines.artifacts.resolve import best_checkpoint
-from pipelines.evaluation.recall_table import MEAN_RECALL, mean_recall
+from pipelines.recall import MEAN_RECALL, mean_recall, recall_table, rows_with_chance
 from tests.support.comparison_cases import BASE, item, run_folder
 from tuning.compare.ranking import compare
 from tuning.promote.candidate import best_trial
@@ -119,3 +119,29 @@ def test_a_missing_recall_is_shown_as_a_dash():
     assert list(sweep_table(sweep, {}).columns[3].cells) == ["-", "-"]
     assert "best recall@1 so far -" in progress_line(sweep, {})
     assert "best trial" not in summary(sweep, "/s")
+
+
+def test_the_recall_table_has_the_stages_that_were_measured_and_chance():
+    first = {f"{task}_retrieval_recall_at_{k}": k / 50 for task in ("image", "text") for k in (1, 5, 10)}
+    reranked = {f"image_retrieval_recall_at_{k}_reranked": k / 40 for k in (1, 5, 10)}
+    assert rows_with_chance(first | reranked | {"images": 4.0}) == [
+        ("text to image", [0.02, 0.1, 0.2]),
+        ("text to image, re-ranked", [0.025, 0.125, 0.25]),
+        ("image to text", [0.02, 0.1, 0.2]),
+        ("chance, text to image", [0.25, 1.0, 1.0]),
+    ]
+    assert rows_with_chance({"images": 4.0}) == []
+
+
+def test_the_lines_of_a_terminal_have_each_stage_and_what_it_was_measured_on():
+    both = {f"val/{task}_retrieval_recall_at_{k}": k / 50 for task in ("image", "text") for k in (1, 5, 10)}
+    reranked = {f"val/text_retrieval_recall_at_{k}_reranked": k / 40 for k in (1, 5, 10)}
+    counts = {"val/images": 1000.0, "val/captions": 5000.0, "val/rerank_top": 16.0, "val/rerank_queries": 256.0}
+    lines = recall_table(both | reranked | counts).splitlines()
+    assert [line.split() for line in lines[:-1]] == [
+        ["R@1", "R@5", "R@10"],
+        ["text", "to", "image,", "first", "stage", "2.0%", "10.0%", "20.0%"],
+        ["image", "to", "text,", "first", "stage", "2.0%", "10.0%", "20.0%"],
+        ["image", "to", "text,", "re-ranked", "2.5%", "12.5%", "25.0%"],
+    ]
+    assert lines[-1] == "1,000 images, 5,000 captions, re-ranked: first 16 of 256 queries a direction"
