@@ -33,7 +33,7 @@ from tuning.compare.page import comparison_page
 from tuning.compare.ranking import compare
 from tuning.compare.table import table_text
 from tuning.promote.promotion_record import Promotion
-from tuning.sweep.live_table import shown
+from tuning.sweep.live_table import value_text
 from tuning.sweep.sweep_record import Sweep, Trial
 
 SECRET = "hunter2"
@@ -208,7 +208,7 @@ def test_pages_and_tables_show_no_secret(url, tmp_path):
     searched = Sweep.load(sweep(tmp_path, []))
     searched.base, searched.protocol.val_data = configs[0], url
     assert clean(comparison_page(compare(runs[:1]), searched))
-    assert clean(shown(url)) and clean(_unique([runs[0], runs[0]])[0].name)
+    assert clean(value_text(url)) and clean(_unique([runs[0], runs[0]])[0].name)
 
 
 def test_a_sweep_finds_its_run_by_the_folder_as_mlflow_has_it(monkeypatch):
