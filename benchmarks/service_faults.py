@@ -75,11 +75,11 @@ def load(url: str, requests: list[bytes], check: Consistent) -> Iterator[Tally]:
 
 
 def mixed_requests(url: str, corpus: Corpus) -> list[bytes]:
-    """Two texts and a picture in each."""
-    texts, pictures = corpus.bodies("text", 2), corpus.bodies("image", 1)
+    """Two texts and an image in each."""
+    texts, images = corpus.bodies("text", 2), corpus.bodies("image", 1)
     bodies = []
-    for text, picture in zip(texts[:40], pictures[:40], strict=True):
-        inputs = json.loads(text)["input"] + json.loads(picture)["input"]
+    for text, image in zip(texts[:40], images[:40], strict=True):
+        inputs = json.loads(text)["input"] + json.loads(image)["input"]
         bodies.append(json.dumps({"input": inputs, "encoding_format": "float"}).encode())
     return [request(url, "/v1/embeddings", body) for body in bodies]
 
@@ -138,7 +138,7 @@ def kill(service: Service, name: str, requests: list[bytes], check: Consistent) 
 
 
 def overload(service: Service, corpus: Corpus) -> dict[str, Any]:
-    """Five times the measured capacity for a minute, of pictures; then again what it could before."""
+    """Five times the measured capacity for a minute, of images; then again what it could before."""
     bodies = corpus.bodies("image", 1)
     requests = [request(service.url, "/v1/embeddings", body) for body in bodies]
     before = ask(service, bodies, 1, 32, 5.0)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.http.app import Door
+from serving.http.app import HttpApp
 from serving.http.auth import Keys
-from tests.support.stand_in import StandInDesk, StandInSet, listening, make_corpus
+from tests.support.stand_in import StandInPool, StandInVersion, listening, make_corpus
 
 try:
     from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -38,9 +38,9 @@ def chromium() -> str:
 
 
 @contextmanager
-def door(desk: StandInDesk, keys: Keys | None = None) -> Iterator[str]:
+def page_server(pool: StandInPool, keys: Keys | None = None) -> Iterator[str]:
     """Address of a door that is open while the block runs."""
-    with listening(Door(desk, keys=keys)) as address:
+    with listening(HttpApp(pool, keys=keys)) as address:
         yield address + "/"
 
 
@@ -126,14 +126,14 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def page_desk() -> StandInDesk:
+def page_pool() -> StandInPool:
     """Two versions: 3 is current and has a fusion encoder, 2 has none."""
-    return StandInDesk(StandInSet("2", matching=False), StandInSet("3"))
+    return StandInPool(StandInVersion("2", matching=False), StandInVersion("3"))
 
 
 @pytest.fixture(scope="module")
-def page_address(page_desk: StandInDesk) -> Iterator[str]:
-    with door(page_desk) as address:
+def page_address(page_pool: StandInPool) -> Iterator[str]:
+    with page_server(page_pool) as address:
         yield address
 
 
@@ -212,5 +212,5 @@ def answered(visit: Visit) -> None:
     visit.page.locator("body:not(.busy) .hit").first.wait_for()
 
 
-FIXTURES = (browser, page_desk, page_address, usual_page, tab)
+FIXTURES = (browser, page_pool, page_address, usual_page, tab)
 """For test modules to take over."""

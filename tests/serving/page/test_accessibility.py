@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 
 from tests.support.browser import FIELD, FIXTURES, Open, answered, fits
 
-browser, page_desk, page_address, usual_page, tab = FIXTURES
+browser, page_pool, page_address, usual_page, tab = FIXTURES
 
 
 def test_the_keyboard_alone_is_enough(tab: Open) -> None:

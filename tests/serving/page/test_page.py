@@ -13,7 +13,7 @@ from models.preprocess import resize_for_eval
 from tests.support.browser import FIELD, FIXTURES, Open, a_file, answered, expected_hits, in_transfer, shown
 from tests.support.stand_in import (
     SIZE,
-    StandInDesk,
+    StandInPool,
     as_file,
     drawing,
     image_vector,
@@ -22,7 +22,7 @@ from tests.support.stand_in import (
     text_vector,
 )
 
-browser, page_desk, page_address, usual_page, tab = FIXTURES
+browser, page_pool, page_address, usual_page, tab = FIXTURES
 
 # What is found
 
@@ -202,14 +202,14 @@ def test_the_page_says_that_a_search_is_under_way(tab: Open) -> None:
     assert visit.page.locator("#results").get_attribute("aria-busy") is None
 
 
-def test_an_overtaken_reply_is_never_shown(tab: Open, page_desk: StandInDesk) -> None:
+def test_an_overtaken_reply_is_never_shown(tab: Open, page_pool: StandInPool) -> None:
     visit = tab()
-    calls = len(page_desk.set.calls)
-    page_desk.set.delay = 0.3
+    calls = len(page_pool.model.calls)
+    page_pool.model.delay = 0.3
     visit.enter("red square")
-    while len(page_desk.set.calls) == calls:
+    while len(page_pool.model.calls) == calls:
         visit.page.wait_for_timeout(5)
-    page_desk.set.delay = 0.0
+    page_pool.model.delay = 0.0
     visit.search("blue circle")
     visit.page.wait_for_timeout(700)  # the first one's search and its index take 0.3 s each
     assert shown(visit) == expected_hits(text_vector("blue circle"))
@@ -243,12 +243,12 @@ def test_a_version_that_is_gone_is_named(tab: Open) -> None:
     assert visit.versions == ["shapes/1", "shapes/2"]
 
 
-def test_an_alarm_is_told(tab: Open, page_desk: StandInDesk) -> None:
-    page_desk.alarm = "shapes/4: health vectors differ"
+def test_an_alarm_is_told(tab: Open, page_pool: StandInPool) -> None:
+    page_pool.alarm = "shapes/4: health vectors differ"
     try:
         expect(tab().page.get_by_text("A newer version is not served: shapes/4: health vectors differ")).to_be_visible()
     finally:
-        page_desk.alarm = ""
+        page_pool.alarm = ""
 
 
 def test_re_ranking_orders_by_match_probability(tab: Open) -> None:
