@@ -31,9 +31,10 @@ import torch
 from benchmarks.load import Reply, Tally, closed_loop, forever, open_loop, request, until
 from benchmarks.machine import machine
 from benchmarks.service import Service, triptych_serve, wait_until
-from benchmarks.serving import Corpus, ask, free_port, make_corpus, make_package
+from benchmarks.serving import Corpus, ask, make_corpus, make_package
 from models.package import load_package
 from pipelines.tracking.registry import CHAMPION, SPACE, Registry
+from serving.gateway.port import free_port
 
 RESULT = Path(__file__).parent / "results" / "service_faults.json"
 SWAPS, CLIENTS, DEADLINE, OVERLOAD_SECONDS = 10, 8, 5.0, 60.0

@@ -22,7 +22,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -47,6 +46,7 @@ from models.preprocess import CaptionTokenizer, PreprocessorConfig, clean_captio
 from pipelines.config import PRESETS
 from pipelines.data.synthetic import CorpusConfig, synthesize
 from serving.environment import COMPUTE
+from serving.gateway.port import free_port
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
 BATCH, THREADS, SIDE = 64, 2, 128
@@ -242,13 +242,6 @@ def rising(corpus: Corpus, service: Service, seconds: float) -> dict[str, Any]:
 def _tell(name: str, row: dict[str, Any]) -> None:
     figures = {key: round(value, 3) for key, value in row.items() if isinstance(value, int | float)}
     sys.stderr.write(f"  {name}: {figures}\n")
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def servers(package: str) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Service]], tuple[int, ...]]]:

@@ -83,7 +83,7 @@ def local_package(model: str) -> Iterator[Path]:
 
 @contextmanager
 def local_folder(uri: str) -> Iterator[Path]:
-    """The folder at a path or URL on this machine; a copy, gone afterwards, where it is remote. Raises InputError."""
+    """The folder at a path or URL on this machine; where it is remote a copy, removed afterwards. Raises InputError."""
     from pipelines import storage
 
     if storage.is_local(uri):
@@ -132,7 +132,9 @@ def require(spec: VersionSpec, needs_index: bool) -> bool:
     with local_package(spec.model) as folder:
         document = read_document(str(folder), "config.json")
     if spec.space and document["embedding_space"] != spec.space:
-        raise InputError(f"embedding space {document['embedding_space']} there, {spec.space} was asked for")
+        raise InputError(
+            f"the package is of embedding space {document['embedding_space']}, the registry says {spec.space}"
+        )
     if spec.index:
         space = read_document(spec.index, "index.json").get("embedding_space")
         if space != document["embedding_space"]:

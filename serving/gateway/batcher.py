@@ -1,4 +1,4 @@
-"""Requests gathered into batches before an encoder is called, and refused where they would wait too long.
+"""Requests batched before an encoder is called, and rejected where they would wait too long.
 
 A handle call costs more than a small model's forward pass, so it is made once a batch, not once a request. One event
 loop, no locks.
@@ -67,7 +67,7 @@ class Batcher:
 
     @property
     def limit(self) -> int:
-        """Rows that may be held at once: as many as are done within the share of the deadline given to waiting."""
+        """Most rows admitted at once: as many as are encoded within the share of the deadline given to waiting."""
         if not self.rate.value:
             return self._settings.max_queue
         return int(min(max(self._wait * self.rate.value, self._settings.max_items), self._settings.max_queue))

@@ -17,11 +17,11 @@ from serving.config import HttpConfig
 from serving.http.responses import ApiError
 
 _GROUP = 8
-"""Images decoded in one go: a hand-over to a thread costs about as much as a small image."""
+"""Images that a thread decodes in one call: handing over to a thread costs about as much as a small image."""
 
 
 def quiet_decoders() -> None:
-    """Once a process: our own limit on pixels counts, and damage that a decoder gets over is not worth a line."""
+    """Once a process: silence Pillow's warnings. Pixels have our own limit, and damage that it repairs is normal."""
     Image.init()
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -41,7 +41,7 @@ class Decoder:
             loop.run_in_executor(self._executor, self._group, images[at : at + _GROUP], out[at : at + _GROUP])
             for at in range(0, len(images), _GROUP)
         ]
-        try:
+        try:  # one after the other, so that the error is that of the first bad image in the request
             for job in jobs:
                 await job
         finally:
@@ -66,7 +66,7 @@ class Decoder:
 
 
 def from_data_url(param: str, url: str) -> bytes:
-    """The bytes of `data:image/...;base64,...`; its media type is not looked at. Raises ApiError 400."""
+    """The bytes of `data:image/...;base64,...`; its media type is ignored. Raises ApiError 400."""
     head, comma, text = url.partition(",")
     if not comma or not head[:5].lower() == "data:" or not head.lower().endswith(";base64"):
         raise ApiError(400, "bad_data_url", f"{param}: an image is sent as data:image/jpeg;base64,...", param)
@@ -77,5 +77,5 @@ def from_data_url(param: str, url: str) -> bytes:
 
 
 def _plain(detail: str) -> str:
-    """A decoder's complaint, short and printable."""
+    """A decoder's message, short and printable: it may quote bytes of the file."""
     return "".join(letter if letter.isprintable() else "?" for letter in detail[:160])

@@ -1,4 +1,4 @@
-"""Images by URL: off unless hosts are named; never from an address inside, whatever a name resolves to.
+"""Images by URL: off unless hosts are listed; never from a private address, whatever a name resolves to.
 
 Every hop is checked by itself: scheme, host and port against the list, then all addresses of the host. The connection
 goes to an address that was checked, so that a name cannot resolve to another one in between.
@@ -24,13 +24,13 @@ Resolve = Callable[[str, int], list[str]]
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _MOST_REDIRECTS = 3
-_INNER = ("192.0.0.0/24", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
-"""Not outside either: protocol assignments, and IPv6 addresses that carry an IPv4 one, maybe an inner one."""
-_NOT_PUBLIC = tuple(map(ipaddress.ip_network, _INNER))
+_CARRIERS = ("192.0.0.0/24", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32")
+"""Not public either: protocol assignments, and IPv6 addresses that carry an IPv4 one, which may be private."""
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, _CARRIERS))
 
 
 class FetchError(Exception):
-    """A URL that is not fetched; its text is for the client."""
+    """A URL could not be fetched, or may not be; its text is for the client."""
 
 
 def is_url(image: bytes | str) -> bool:
@@ -39,7 +39,7 @@ def is_url(image: bytes | str) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address belongs to the outside: no private, loopback, link-local, multicast or reserved one."""
+    """Whether an address is public: no private, loopback, link-local, multicast or reserved one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
         ip = ip.ipv4_mapped
@@ -59,7 +59,7 @@ class Fetcher:
     def __init__(
         self, config: HttpConfig, resolve: Resolve = resolve, is_public: Callable[[str], bool] = is_public
     ) -> None:
-        """`resolve` and `is_public` are as above, but in tests."""
+        """`resolve` and `is_public` are parameters for tests, which have no public addresses."""
         self._hosts = tuple(host.lower() for host in config.url_images)
         self._seconds = config.url_seconds
         self._limit = int(config.max_image_mib * 2**20)
@@ -98,7 +98,7 @@ class Fetcher:
         raise FetchError(f"more than {_MOST_REDIRECTS} redirects")
 
     def _hop(self, url: str, end: float) -> tuple[bytes, str | None]:
-        """(body, None), or (b"", where to look instead)."""
+        """One request: (body, None), or (b"", location that it redirects to)."""
         try:
             parts = urlsplit(url)
             host, port = (parts.hostname or "").rstrip("."), parts.port or _PORTS.get(parts.scheme, 0)
@@ -111,13 +111,14 @@ class Fetcher:
                 target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
                 connection.request("GET", target, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
                 found = self._read(connection.getresponse())
-                if time.monotonic() >= end:  # cut off: what came may look whole
+                if time.monotonic() >= end:  # cut off by the timer: the body may seem whole
                     raise TimeoutError
                 return found
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise FetchError(f"the host did not send it ({type(error).__name__})") from None
 
     def _check(self, parts: SplitResult, host: str, port: int) -> None:
+        """Raises FetchError for other schemes, a user in the URL, or a host and port that are not listed."""
         if parts.scheme not in _PORTS or parts.username is not None or parts.password is not None:
             raise FetchError("only http and https URLs without a user are fetched")
         name = host if port == _PORTS[parts.scheme] else f"{host}:{port}"
@@ -127,7 +128,7 @@ class Fetcher:
         raise FetchError("images are not fetched from that host")
 
     def _address(self, host: str, port: int) -> str:
-        """One of the host's addresses; all of them must be outside."""
+        """One of the host's addresses. Raises FetchError unless all of them are public."""
         try:
             addresses = self._resolve(host, port)
         except (OSError, UnicodeError):
@@ -140,7 +141,9 @@ class Fetcher:
     def _connected(
         self, scheme: str, host: str, port: int, address: str, end: float
     ) -> Iterator[http.client.HTTPConnection]:
-        """A connection to `address` that speaks to `host`; cut off at `end`, however slowly the other side sends."""
+        """A connection to `address` that speaks to `host`; a timer cuts it at `end`.
+
+        A socket's own timeout starts anew with every byte, so that a slow host could keep the thread for hours."""
         left = end - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -162,6 +165,7 @@ class Fetcher:
             line.close()
 
     def _read(self, response: http.client.HTTPResponse) -> tuple[bytes, str | None]:
+        """(body, None), or (b"", location) of a redirect. Raises FetchError."""
         if response.status in _REDIRECTS:
             return b"", response.getheader("Location") or ""
         if response.status != 200:
@@ -176,4 +180,6 @@ class Fetcher:
 
 def _cut(line: socket.socket) -> None:
     with suppress(OSError):
-        socket.socket.shutdown(line, socket.SHUT_RDWR)  # of TLS too: it ends a read that waits in another thread
+        socket.socket.shutdown(
+            line, socket.SHUT_RDWR
+        )  # the plain socket's, for TLS too: it ends a read that waits in another thread

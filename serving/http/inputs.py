@@ -55,7 +55,7 @@ def read_text(text: str, param: str, description: Description, config: HttpConfi
 def read_inputs(
     strings: Sequence[str], names: Sequence[str], modality: str, description: Description, config: HttpConfig
 ) -> Inputs:
-    """Sort strings into texts and images. Raises ApiError 400 with the name of the one that is wrong."""
+    """Sort strings into texts and images. Raises ApiError 400 that names the input at fault by its name in `names`."""
     whole = names[-1].partition("[")[0]
     if len(strings) > config.max_inputs:
         raise ApiError(400, "too_many_inputs", f"{len(strings)} inputs, more than {config.max_inputs}", whole)

@@ -34,7 +34,7 @@ class Metrics:
         )
         self._inference = self._histogram("te_request_inference_duration", "Seconds that a batch took.", "kind")
         self._batch = self._histogram("te_batch_next_size", "Inputs of a batch.", "kind", buckets=_ITEMS)
-        self._queue = self._gauge("te_queue_size", "Inputs that wait now.", "kind")
+        self._queue = self._gauge("te_queue_size", "Inputs that are admitted and not answered yet.", "kind")
         self._held = self._gauge("te_request_held", "Requests in progress now.")
         self._alarm = self._gauge("te_version_alarm", "1 while a newer version is not served, as its check failed.")
 

@@ -104,7 +104,7 @@ def _operation(route: InferenceRoute) -> dict[str, Any]:
         "tags": ["inference"],
         "summary": route.summary,
         "description": route.description,
-        "operationId": route.path.strip("/").replace("/", "_") + "_post",
+        "operationId": route.name + route.path.replace("/", "_") + "_post",  # as FastAPI names its own
         "parameters": [_VERSION_HEADER],
         "requestBody": {"required": True, "content": content},
         "responses": {

@@ -149,15 +149,15 @@ class SearchRequest(Body):
     model: str | None = None
     """The service's name; may be left out."""
     text: str = ""
-    """What to look for."""
+    """A text to search for."""
     image: str = ""
-    """An image to look for, as a data URL."""
+    """An image to search for, as a data URL."""
     id: str = ""
-    """A row of the index, to look for its neighbours; it is its own nearest one."""
+    """A row of the index, to find its neighbours; it is its own nearest one."""
     side: Modality = "image"
-    """Which vector of that row."""
+    """Modality of that row's vector."""
     target: Modality = "image"
-    """What to find."""
+    """Modality of the vectors that are searched."""
     top_k: Annotated[int, Field(ge=1)] = 10
     """How many hits."""
     rerank: bool = False

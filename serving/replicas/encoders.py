@@ -42,7 +42,7 @@ class Replica:
             self.package = load_package(folder, model, device)
             self._health = _stored_health(folder)
         if space and self.package.embedding_space != space:
-            raise InputError(f"{model}: embedding space {self.package.embedding_space} there, {space} was asked for")
+            raise InputError(f"{model}: the package is of embedding space {self.package.embedding_space}, not {space}")
         self.bf16 = bf16
         self._pool = ThreadPoolExecutor(config.passes, thread_name_prefix="forward")
 

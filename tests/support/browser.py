@@ -1,4 +1,4 @@
-"""Fixtures for tests of the page: a browser, a door with a stand-in behind it, and tabs that watch themselves."""
+"""Fixtures for tests of the page: a browser, an HTTP app over stand-in versions, and tabs that record what they do."""
 
 import base64
 import json
@@ -39,7 +39,7 @@ def chromium() -> str:
 
 @contextmanager
 def page_server(pool: StandInPool, keys: Keys | None = None) -> Iterator[str]:
-    """Address of a door that is open while the block runs."""
+    """Address of an HTTP app that listens while the context lasts."""
     with listening(HttpApp(pool, keys=keys)) as address:
         yield address + "/"
 
@@ -78,7 +78,7 @@ class Visit:
         return list(self.page.locator(".hit").evaluate_all("(all) => all.map((one) => one.title)"))
 
     def watch(self) -> None:
-        """From now on write down what it does."""
+        """Record from now on what the tab does."""
         self.page.on("request", self._request)
         self.page.on("console", self._console)
         self.page.on("pageerror", self._error)
@@ -155,7 +155,7 @@ def usual_page(browser: Browser) -> Page:
 
 @pytest.fixture
 def tab(browser: Browser, usual_page: Page, page_address: str) -> Iterator[Open]:
-    """`tab(path="", at=..., **options)` opens a page; that it kept the rules is looked at when the test is over."""
+    """`tab(path="", at=..., **options)` opens a page; its requests and errors are checked after the test."""
     visits: list[Visit] = []
 
     def open_tab(path: str = "", at: str = page_address, **options: Any) -> Visit:

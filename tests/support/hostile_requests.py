@@ -1,4 +1,4 @@
-"""Bodies that wish the service ill, made from a seed: images, JSON, forms, and ways to send them."""
+"""Hostile bodies, made from a seed: images, JSON, forms, and ways to send them."""
 
 import base64
 import io

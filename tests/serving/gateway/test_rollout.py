@@ -63,7 +63,7 @@ def test_after_a_restart_what_most_gateways_serve_is_current():
     assert rollout.desired == DesiredState({"old": OLD, "new": NEW}, "new")
 
 
-def test_orders_are_reached_by_a_gateway_that_holds_just_what_it_should():
+def test_the_desired_state_is_reached_by_a_gateway_that_has_just_what_it_should():
     desired = DesiredState({"old": OLD, "new": NEW}, "new")
     there = GatewayStatus("a", {"old": OLD, "new": NEW}, "new")
     assert desired.reached_by(there)

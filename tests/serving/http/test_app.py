@@ -50,7 +50,7 @@ def app(pool: StandInPool) -> HttpApp:
     return HttpApp(pool)
 
 
-def test_texts_and_pictures_mixed_keep_their_order(app: HttpApp) -> None:
+def test_texts_and_images_mixed_keep_their_order(app: HttpApp) -> None:
     green = as_file(drawing("green", "triangle"), "PNG")
     inputs = ["A red circle!", data_url(BLUE), "two  Blue-squares", data_url(RED), data_url(green)]
     reply = one(app, "/v1/embeddings", {"input": inputs}).json
@@ -77,7 +77,7 @@ def test_base64_is_the_same_floats_little_endian(app: HttpApp) -> None:
         )
 
 
-def test_forty_pictures_each_get_their_own_vector(app: HttpApp) -> None:
+def test_forty_images_each_get_their_own_vector(app: HttpApp) -> None:
     images = [as_file(Image.new("RGB", (9, 7), (5 * n, 200 - 5 * n, n))) for n in range(40)]
     rows = one(app, "/v1/embeddings", {"input": [data_url(one) for one in images]}).json["data"]
     expected = np.stack([image_vector(seen(image)) for image in images])
@@ -136,7 +136,7 @@ def test_messages_are_one_input(app: HttpApp, content: Any, expected: np.ndarray
     np.testing.assert_array_equal(np.array([row["embedding"] for row in reply["data"]], np.float32), [expected])
 
 
-def test_a_picture_is_seen_as_evaluation_sees_it(app: HttpApp) -> None:
+def test_an_image_is_seen_as_evaluation_sees_it(app: HttpApp) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -235,7 +235,7 @@ def test_pixels_are_counted_before_they_are_decoded() -> None:
     assert one(app, "/v1/embeddings", {"input": data_url(as_file(Image.new("RGB", (40, 25)), "PNG"))}).status == 200
 
 
-def test_a_picture_of_too_many_bytes_is_413() -> None:
+def test_an_image_of_too_many_bytes_is_413() -> None:
     limit = len(RED) / 2**20
     assert (
         one(HttpApp(StandInPool(), HttpConfig(max_image_mib=limit)), "/v1/embeddings", {"input": data_url(RED)}).status
@@ -358,7 +358,7 @@ def test_the_page_may_load_nothing_from_elsewhere(app: HttpApp) -> None:
         assert reply.headers["x-content-type-options"] == "nosniff"
         head = one(app, path, method="HEAD")
         assert head.body == b"" and head.headers["content-length"] == str(len(reply.body))
-    for path in ("/../door.py", "/%2e%2e/door.py", "/page.css/..", "//etc/passwd"):
+    for path in ("/../app.py", "/%2e%2e/app.py", "/page.css/..", "//etc/passwd"):
         assert one(app, path, method="GET").status == 404
 
 

@@ -106,7 +106,7 @@ def hop(url: str) -> str:
     return "/to/" + base64.urlsafe_b64encode(url.encode()).decode()
 
 
-def test_a_picture_is_fetched_and_redirects_are_followed(port: int) -> None:
+def test_an_image_is_fetched_and_redirects_are_followed(port: int) -> None:
     Host.asked.clear()
     own = fetcher(port)
     assert own.fetch(f"http://{HOST}:{port}/a.png?b=1") == PICTURE
@@ -236,7 +236,7 @@ def test_nothing_is_fetched_where_no_host_is_named(port: int) -> None:
     assert Host.asked == []
 
 
-def test_through_the_door_urls_are_pictures_where_a_picture_is_expected(port: int) -> None:
+def test_in_requests_urls_are_images_where_an_image_is_expected(port: int) -> None:
     app = HttpApp(StandInPool(), fetcher=fetcher(port))
     url = f"http://{HOST}:{port}/a.png"
     expected = image_vector(resize_for_eval(drawing("red", "circle"), 32))

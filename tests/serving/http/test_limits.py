@@ -197,7 +197,7 @@ def test_a_thousand_requests_at_once_each_get_their_own_answer(app: HttpApp, poo
 
 @pytest.fixture(scope="module")
 def live() -> Any:
-    """(URL, door, desk) behind a real server that wants a key."""
+    """(URL, app, pool) behind a real server that wants a key."""
     pool = StandInPool()
     app = HttpApp(pool, HttpConfig(max_body_mib=1), Keys({"shop": KEY}))
     with listening(app) as url:

@@ -177,7 +177,7 @@ def test_any_bytes_are_a_form_or_refused(body: bytes, boundary: str) -> None:
         for kind in (f"multipart/form-data; boundary={boundary}", "multipart/form-data; boundary=a"):
             try:
                 fields = parse_multipart(content, kind)
-            except ApiError as refusal:
-                assert refusal.status == 422
+            except ApiError as error:
+                assert error.status == 422
             else:
                 assert all(isinstance(name, str) and isinstance(value, bytes) for name, value in fields.items())

@@ -77,7 +77,7 @@ def test_rerank_of_a_search_orders_by_match_probability(app: HttpApp) -> None:
     assert top == hits[:2]
 
 
-def test_texts_are_reranked_by_a_picture(app: HttpApp) -> None:
+def test_texts_are_reranked_by_an_image(app: HttpApp) -> None:
     corpus = make_corpus()
     scores = {hit.id: match_probability(clean_caption(hit.caption), seen(BLUE)) for hit in corpus.hits}
     body = {"image": data_url(BLUE), "target": "text", "rerank": True, "top_k": 5}

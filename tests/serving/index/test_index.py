@@ -115,7 +115,7 @@ def test_a_search_finds_what_the_definition_finds(vectors, flat, side):
             assert hit.thumbnail == rows["thumbnail"][row]
 
 
-def test_a_picture_is_there_once_and_so_is_a_caption_of_it(vectors, flat):
+def test_an_image_is_there_once_and_so_is_a_caption_of_it(vectors, flat):
     rows, index = vectors[0], open_index(flat[0])
     assert (index.images, index.texts) == (len(once(rows, "image")), len(once(rows, "text"))) == (54, 59)
     assert flat[1].counts == {"image": 54, "text": 59} and flat[1].rows == 60
@@ -210,7 +210,7 @@ def test_approximate_kinds_give_the_whole_side_where_it_is_asked_for(large):
     assert len({hit.id for hit in hits}) == len(hits) == 4000
 
 
-def test_rows_without_thumbnails_and_image_ids_are_all_different_pictures(large):
+def test_rows_without_thumbnails_and_image_ids_are_all_different_images(large):
     index = open_index(large[1])
     assert index.images == index.texts == 4000
     assert index.search(unit_vectors(1, 4, 16), "text", 1)[0][0].thumbnail == b""
