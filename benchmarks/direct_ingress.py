@@ -35,7 +35,7 @@ def switches() -> dict[str, str]:
 
 
 def make_gateway() -> type[Any]:
-    """A gateway that is called by Serve's listener; the door is the same."""
+    """A gateway that is called by Serve's listener; the HTTP app is the same."""
     from starlette.responses import Response
 
     from serving.gateway.gateway import Gateway
@@ -50,7 +50,7 @@ def make_gateway() -> type[Any]:
             async def send(message: Any) -> None:
                 sent.append(message)
 
-            await self.door(request.scope, request.receive, send)
+            await self.app(request.scope, request.receive, send)
             reply = Response(b"".join(message.get("body", b"") for message in sent[1:]), sent[0]["status"])
             reply.raw_headers = sent[0]["headers"]
             return reply
@@ -71,7 +71,7 @@ def main() -> None:
 
     from serving import model_source
     from serving.config import ServingConfig
-    from serving.control.controller import Versions
+    from serving.control.controller import VersionController
     from serving.environment import CLUSTER, COMPUTE
 
     config = model_source.check(ServingConfig(model=options.package, port=PORTS[0], gateways=len(PORTS)))
@@ -82,7 +82,7 @@ def main() -> None:
     serve.start(http_options={"host": "127.0.0.1", "port": PORTS[0] + 100})
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     part = {"ray_actor_options": {"num_cpus": 0.1}, "logging_config": quiet}
-    versions = serve.deployment(Versions).options(name="Versions", max_ongoing_requests=1000, **part)
+    versions = serve.deployment(VersionController).options(name="Versions", max_ongoing_requests=1000, **part)
     gateway = serve.deployment(make_gateway()).options(
         name="Gateway", num_replicas=len(PORTS), max_ongoing_requests=1024, max_queued_requests=1024, **part
     )

@@ -1,8 +1,8 @@
 """What the kinds of an index find, against exact search, and what they cost: `python -m benchmarks.index_recall`.
 
 The vectors are made up: of a few dozen directions that matter less and less, as a trained model's are, and noise. A
-caption differs from its picture in both; how often its nearest picture is its own is in the results. Queries are
-captions, answers pictures.
+caption differs from its image in both; how often its nearest image is its own is in the results. Queries are
+captions, answers images.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.machine import machine
-from serving.index.approximate import Kind
+from serving.index.approximate import IndexKind
 from serving.index.build import build_index
 from serving.index.index import open_index
 
@@ -71,7 +71,7 @@ def _column(vectors: np.ndarray) -> pa.Array:
     return column
 
 
-def measure(vectors: Path, folder: Path, kind: Kind, threads: int) -> dict[str, Any]:
+def measure(vectors: Path, folder: Path, kind: IndexKind, threads: int) -> dict[str, Any]:
     """Build one kind; then recall and time of a query."""
     report = build_index(str(vectors), str(folder), kind, threads=threads)
     index = open_index(folder)
@@ -113,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     results: list[dict[str, Any]] = []
-    kinds: tuple[Kind, ...] = ("flat", "hnsw", "ivfpq")
+    kinds: tuple[IndexKind, ...] = ("flat", "hnsw", "ivfpq")
     for count in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
             vectors = Path(folder) / "vectors"

@@ -21,7 +21,7 @@ from models.preprocess import clean_caption, resize_for_eval
 
 
 class Ask(BaseModel):
-    """Texts, or pictures as data URLs."""
+    """Texts, or images as data URLs."""
 
     input: str | list[str]
 
@@ -34,8 +34,8 @@ def make_app(package_folder: Path) -> FastAPI:
     def encode(text: str) -> np.ndarray:
         """float32 (1, D)."""
         if text.startswith("data:"):
-            picture = Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2])))
-            return embed_images(package, resize_for_eval(picture, package.preprocessor.image_size)[None])
+            image = Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2])))
+            return embed_images(package, resize_for_eval(image, package.preprocessor.image_size)[None])
         return embed_texts(package, package.tokenizer.encode_rows([clean_caption(text, words)], tokens))
 
     @app.post("/v1/embeddings")

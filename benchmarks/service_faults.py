@@ -31,9 +31,10 @@ import torch
 from benchmarks.load import Reply, Tally, closed_loop, forever, open_loop, request, until
 from benchmarks.machine import machine
 from benchmarks.service import Service, triptych_serve, wait_until
-from benchmarks.serving import Corpus, ask, free_port, make_corpus, make_package
+from benchmarks.serving import Corpus, ask, make_corpus, make_package
 from models.package import load_package
 from pipelines.tracking.registry import CHAMPION, SPACE, Registry
+from serving.gateway.port import free_port
 
 RESULT = Path(__file__).parent / "results" / "service_faults.json"
 SWAPS, CLIENTS, DEADLINE, OVERLOAD_SECONDS = 10, 8, 5.0, 60.0
@@ -75,11 +76,11 @@ def load(url: str, requests: list[bytes], check: Consistent) -> Iterator[Tally]:
 
 
 def mixed_requests(url: str, corpus: Corpus) -> list[bytes]:
-    """Two texts and a picture in each."""
-    texts, pictures = corpus.bodies("text", 2), corpus.bodies("image", 1)
+    """Two texts and an image in each."""
+    texts, images = corpus.bodies("text", 2), corpus.bodies("image", 1)
     bodies = []
-    for text, picture in zip(texts[:40], pictures[:40], strict=True):
-        inputs = json.loads(text)["input"] + json.loads(picture)["input"]
+    for text, image in zip(texts[:40], images[:40], strict=True):
+        inputs = json.loads(text)["input"] + json.loads(image)["input"]
         bodies.append(json.dumps({"input": inputs, "encoding_format": "float"}).encode())
     return [request(url, "/v1/embeddings", body) for body in bodies]
 
@@ -138,7 +139,7 @@ def kill(service: Service, name: str, requests: list[bytes], check: Consistent) 
 
 
 def overload(service: Service, corpus: Corpus) -> dict[str, Any]:
-    """Five times the measured capacity for a minute, of pictures; then again what it could before."""
+    """Five times the measured capacity for a minute, of images; then again what it could before."""
     bodies = corpus.bodies("image", 1)
     requests = [request(service.url, "/v1/embeddings", body) for body in bodies]
     before = ask(service, bodies, 1, 32, 5.0)

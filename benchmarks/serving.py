@@ -10,7 +10,7 @@ In one run, on random weights of the `small` size unless a package is given:
     plain     a FastAPI server that calls the same model once a request
 
 Shares are of the limit measured just before, in items a second and in processor seconds an item (all processes of the
-server, Ray's included, the load generator apart), medians over the rounds. The picture's decode and the caption's
+server, Ray's included, the load generator apart), medians over the rounds. The image's decode and the caption's
 tokenising are part of the limit; HTTP, JSON and base64 are not.
 """
 
@@ -22,7 +22,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -47,6 +46,7 @@ from models.preprocess import CaptionTokenizer, PreprocessorConfig, clean_captio
 from pipelines.config import PRESETS
 from pipelines.data.synthetic import CorpusConfig, synthesize
 from serving.environment import COMPUTE
+from serving.gateway.port import free_port
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
 BATCH, THREADS, SIDE = 64, 2, 128
@@ -56,7 +56,7 @@ KINDS = ("text", "image")
 
 
 class Corpus(NamedTuple):
-    """What is asked for: captions, and encoded pictures of SIDE pixels."""
+    """What is asked for: captions, and encoded images of SIDE pixels."""
 
     text: list[str]
     image: list[bytes]
@@ -78,12 +78,12 @@ def make_corpus(folder: Path, count: int = 640) -> Corpus:
 
     synthesize(str(folder), CorpusConfig(pairs=count, image_size=SIDE))
     table = pq.read_table(folder / "train", columns=["caption", "image"])
-    pictures = []
+    images = []
     for row in table.column("image").to_pylist():
         buffer = io.BytesIO()
         Image.open(io.BytesIO(row)).convert("RGB").save(buffer, "JPEG", quality=90)
-        pictures.append(buffer.getvalue())
-    return Corpus([str(caption) for caption in table.column("caption").to_pylist()], pictures)
+        images.append(buffer.getvalue())
+    return Corpus([str(caption) for caption in table.column("caption").to_pylist()], images)
 
 
 def make_package(folder: Path, captions: list[str], preset: str = "clip-small", seed: int = 0) -> None:
@@ -242,13 +242,6 @@ def rising(corpus: Corpus, service: Service, seconds: float) -> dict[str, Any]:
 def _tell(name: str, row: dict[str, Any]) -> None:
     figures = {key: round(value, 3) for key, value in row.items() if isinstance(value, int | float)}
     sys.stderr.write(f"  {name}: {figures}\n")
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def servers(package: str) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Service]], tuple[int, ...]]]:

@@ -1,8 +1,9 @@
-"""The one door from serving to `pipelines`: where a model is, what the registry says of it, bytes by URI.
+"""The only module of serving that imports `pipelines`: where a model is, what the registry knows of it, bytes by URI.
 
-Imports are made when they are needed: a process that only searches loads neither torch nor MLflow.
+`pipelines` is imported inside the functions: a process that only searches loads neither torch nor MLflow.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -16,28 +17,28 @@ from models.config import InputError
 from serving.config import ServingConfig
 
 INDEX_TAG = "triptych.index_uri"
-"""Tag of a registered version: where its index is (design, contract 8)."""
+"""Tag of a registered version: URI of its index (docs/formats.md, contract 8)."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One version to serve: all processes of it load the same."""
+class VersionSpec:
+    """One version to serve, so precisely that all its processes load the same."""
 
     model: str
     """A path or URL, or models:/NAME/NUMBER; never an alias."""
     name: str
     version: str
+    """Number in the registry; "" of a package that is not registered."""
     space: str
+    """Its embedding space; "" where the registry does not have it."""
     index: str
     """URI of its index; "" for none."""
 
     @property
     def application(self) -> str:
         """Name of its Serve application: another version, model or index is another application."""
-        import hashlib
-
-        what = hashlib.sha256(json.dumps([self.model, self.space, self.index]).encode()).hexdigest()[:8]
-        return "-".join(re.sub(r"\W+", "_", part) for part in ("triptych", self.name, self.version, what) if part)
+        digest = hashlib.sha256(json.dumps([self.model, self.space, self.index]).encode()).hexdigest()[:8]
+        return "-".join(re.sub(r"\W+", "_", part) for part in ("triptych", self.name, self.version, digest) if part)
 
 
 def is_followed(model: str) -> bool:
@@ -45,7 +46,7 @@ def is_followed(model: str) -> bool:
     return model.startswith("models:/") and "@" in model
 
 
-def resolve(model: str, index: str) -> Wanted:
+def resolve(model: str, index: str) -> VersionSpec:
     """The version that MODEL means now; `index` may contain {space}, "" takes the version's own.
 
     Raises InputError where there is none.
@@ -55,12 +56,12 @@ def resolve(model: str, index: str) -> Wanted:
 
         version = Registry().resolve(model)
         space = version.tags.get(SPACE, "")
-        place = index.replace("{space}", space) or version.tags.get(INDEX_TAG, "").replace("{space}", space)
-        return Wanted(str(version), version.name, str(version.number), space, _absolute(place))
+        index_uri = (index or version.tags.get(INDEX_TAG, "")).replace("{space}", space)
+        return VersionSpec(str(version), version.name, str(version.number), space, _absolute(index_uri))
     with local_package(model) as folder:
         document = json.loads((folder / "config.json").read_text())
     space = str(document["embedding_space"])
-    return Wanted(_absolute(model), str(document["name"]), "", space, _absolute(index.replace("{space}", space)))
+    return VersionSpec(_absolute(model), str(document["name"]), "", space, _absolute(index.replace("{space}", space)))
 
 
 def _absolute(uri: str) -> str:
@@ -82,7 +83,7 @@ def local_package(model: str) -> Iterator[Path]:
 
 @contextmanager
 def local_folder(uri: str) -> Iterator[Path]:
-    """The folder at a path or URL on this machine; a copy, gone afterwards, where it is remote. Raises InputError."""
+    """The folder at a path or URL on this machine; where it is remote a copy, removed afterwards. Raises InputError."""
     from pipelines import storage
 
     if storage.is_local(uri):
@@ -97,47 +98,48 @@ def read_document(uri: str, name: str) -> dict[str, object]:
     """A JSON file of a folder; raises InputError where it is missing or damaged."""
     from pipelines import storage
 
-    place = storage.join(uri, name)
-    if not storage.exists(place):
+    file = storage.join(uri, name)
+    if not storage.exists(file):
         raise InputError(f"{uri}: {name} is not there")
     try:
-        document = json.loads(storage.read_bytes(place))
+        document = json.loads(storage.read_bytes(file))
     except ValueError as error:
-        raise InputError(f"{place}: damaged, not JSON") from error
+        raise InputError(f"{file}: damaged, not JSON") from error
     return dict(document)
 
 
 def read_image(uri: str) -> bytes:
-    """The encoded picture that a sample's `uri` names (design, contract 1). Raises InputError."""
+    """The encoded image that the `uri` of a sample names (docs/formats.md, contract 1). Raises InputError."""
     from pipelines.data.lookup import read_image as read
 
     return bytes(read(uri))
 
 
 def check(config: ServingConfig) -> ServingConfig:
-    """`config` with absolute paths, after a look at its model and index. Raises InputError."""
-    wanted = resolve(config.model, config.index)
-    require(wanted, bool(config.index))
+    """`config` with absolute paths, once its model and index are found to be there. Raises InputError."""
+    require(resolve(config.model, config.index), bool(config.index))
     model = config.model if config.model.startswith("models:/") else _absolute(config.model)
     return config.model_copy(update={"model": model, "index": _absolute(config.index)})
 
 
-def require(wanted: Wanted, needs_index: bool) -> bool:
-    """Cheap looks before anything is started; returns whether the package can re-rank.
+def require(spec: VersionSpec, needs_index: bool) -> bool:
+    """Check a version cheaply, before anything is started; returns whether its package can re-rank.
 
-    Raises InputError: no package, another one than wanted, no index, or one of another embedding space.
+    Raises InputError: no package, not the registered one, no index, or an index of another embedding space.
     """
-    if needs_index and not wanted.index:
+    if needs_index and not spec.index:
         raise InputError(f"it has no index (registry tag {INDEX_TAG}), and the service runs with one")
-    with local_package(wanted.model) as folder:
+    with local_package(spec.model) as folder:
         document = read_document(str(folder), "config.json")
-    if wanted.space and document["embedding_space"] != wanted.space:
-        raise InputError(f"embedding space {document['embedding_space']} there, {wanted.space} was asked for")
-    if wanted.index:
-        space = read_document(wanted.index, "index.json").get("embedding_space")
+    if spec.space and document["embedding_space"] != spec.space:
+        raise InputError(
+            f"the package is of embedding space {document['embedding_space']}, the registry says {spec.space}"
+        )
+    if spec.index:
+        space = read_document(spec.index, "index.json").get("embedding_space")
         if space != document["embedding_space"]:
             raise InputError(
-                f"{wanted.index}: an index of embedding space {space}, the model's is {document['embedding_space']}; "
+                f"{spec.index}: an index of embedding space {space}, the model's is {document['embedding_space']}; "
                 "embed and index the corpus with this model"
             )
     return bool(document["matching"])
@@ -153,7 +155,7 @@ def connect() -> bool:
     from pipelines.cluster.connect import connect as join
     from pipelines.tracking.server import resolve_uri
 
-    os.environ["MLFLOW_TRACKING_URI"] = resolve_uri(None)  # absolute: their folder is another
-    ours = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+    os.environ["MLFLOW_TRACKING_URI"] = resolve_uri(None)  # absolute: Ray's processes run in another folder
+    starts_ray = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
     join(dashboard=False)
-    return ours
+    return starts_ray

@@ -8,29 +8,29 @@ from ray.serve import Application
 from serving.config import ReplicaConfig, ServingConfig
 from serving.environment import HEALTH, LOGGING, REPLICA
 from serving.gateway.version_client import IMAGE, MATCHER, SEARCH, TEXT
-from serving.model_source import Wanted
+from serving.model_source import VersionSpec
 from serving.replicas.encoders import ImageEncoder, Matcher, TextEncoder
 from serving.replicas.searcher import Searcher
 
 
-def build_set(wanted: Wanted, config: ServingConfig, matching: bool) -> Application:
+def build_version(spec: VersionSpec, config: ServingConfig, matching: bool) -> Application:
     """The application of one version: encoders, fusion encoder where it has one, and search, which binds them."""
     bf16 = config.precision == "bf16"
     encoders = {
-        TEXT: _part(TextEncoder, TEXT, config.text).bind(wanted.model, wanted.space, config.text.model_dump(), bf16),
-        IMAGE: _part(ImageEncoder, IMAGE, config.image).bind(
-            wanted.model, wanted.space, config.image.model_dump(), bf16
+        TEXT: _deployment(TextEncoder, TEXT, config.text).bind(spec.model, spec.space, config.text.model_dump(), bf16),
+        IMAGE: _deployment(ImageEncoder, IMAGE, config.image).bind(
+            spec.model, spec.space, config.image.model_dump(), bf16
         ),
     }
     if matching:
-        encoders[MATCHER] = _part(Matcher, MATCHER, config.matcher).bind(
-            wanted.model, wanted.space, config.matcher.model_dump(), bf16, config.door.max_pixels
+        encoders[MATCHER] = _deployment(Matcher, MATCHER, config.matcher).bind(
+            spec.model, spec.space, config.matcher.model_dump(), bf16, config.door.max_pixels
         )
-    search = _part(Searcher, SEARCH, config.search, max_ongoing_requests=256)
-    return search.bind(wanted.index, wanted.space, config.search.model_dump(), encoders)
+    search = _deployment(Searcher, SEARCH, config.search, max_ongoing_requests=256)
+    return search.bind(spec.index, spec.space, config.search.model_dump(), encoders)
 
 
-def _part(kind: type, name: str, settings: ReplicaConfig, max_ongoing_requests: int = 8) -> Any:
+def _deployment(kind: type, name: str, settings: ReplicaConfig, max_ongoing_requests: int = 8) -> Any:
     """A deployment that scales by itself where it may."""
     scaling: dict[str, Any] = {"num_replicas": settings.replicas}
     if settings.max_replicas > settings.replicas:

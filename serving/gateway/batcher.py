@@ -1,4 +1,4 @@
-"""Requests gathered into batches before an encoder is called, and refused where they would wait too long.
+"""Requests batched before an encoder is called, and rejected where they would wait too long.
 
 A handle call costs more than a small model's forward pass, so it is made once a batch, not once a request. One event
 loop, no locks.
@@ -20,13 +20,17 @@ Encode = Callable[[list[Any]], Awaitable[np.ndarray]]
 """Rows of any requests -> float32 (rows, D)."""
 Observe = Callable[[int, float, float], None]
 """(rows, seconds of the call, seconds that its first row had waited) of each batch."""
-_FORGET = 0.9  # weight of the past, per batch, in the measured rate
+_DECAY = 0.9
+"""Weight of the past, per batch, in the measured rate."""
 
 
-class _Part(NamedTuple):
+class _QueuedRows(NamedTuple):
+    """At most one batch of a request's rows, waiting to be encoded."""
+
     rows: Sequence[Any]
     future: "asyncio.Future[np.ndarray]"
     since: float
+    """Time (monotonic) at which they were queued."""
 
 
 class Rate:
@@ -36,9 +40,9 @@ class Rate:
         self._rows = self._seconds = 0.0
 
     def add(self, rows: int, seconds: float) -> None:
-        """A batch of `rows` was done `seconds` after the one before, or after work came."""
-        self._rows = _FORGET * self._rows + rows
-        self._seconds = _FORGET * self._seconds + seconds
+        """Record a batch of `rows` that ended `seconds` after the one before, or after work began."""
+        self._rows = _DECAY * self._rows + rows
+        self._seconds = _DECAY * self._seconds + seconds
 
     @property
     def value(self) -> float:
@@ -53,60 +57,66 @@ class Batcher:
         """`deadline`: seconds that a request has; see `BatchConfig` for the rest."""
         self._encode, self._settings, self._observe = encode, settings, observe
         self._wait = settings.queue_share * deadline
-        self._queue: collections.deque[_Part] = collections.deque()
+        self._queue: collections.deque[_QueuedRows] = collections.deque()
         self._timer: asyncio.TimerHandle | None = None
         self._running: set[asyncio.Task[None] | None] = set()
         self._last = 0.0
         self.rate = Rate()
-        self.held = 0
+        self.admitted = 0
         """Rows of requests that were admitted and are not answered yet."""
 
     @property
     def limit(self) -> int:
-        """Rows that may be held at once: as many as are done within the share of the deadline given to waiting."""
+        """Most rows admitted at once: as many as are encoded within the share of the deadline given to waiting."""
         if not self.rate.value:
             return self._settings.max_queue
         return int(min(max(self._wait * self.rate.value, self._settings.max_items), self._settings.max_queue))
 
     @contextmanager
     def admit(self, rows: int) -> Iterator[None]:
-        """Holds places for `rows` rows; raises Overloaded where they would wait too long. An idle one takes any."""
-        if rows and self.held and self.held + rows > self.limit:
-            raise Overloaded(max(self.held / (self.rate.value or 1.0), 1.0))
-        self.held += rows
+        """Reserve capacity for `rows` rows. Raises Overloaded where they would wait too long.
+
+        An idle encoder takes a request of any size: else one that is larger than the limit could never be answered.
+        """
+        if rows and self.admitted and self.admitted + rows > self.limit:
+            raise Overloaded(max(self.admitted / (self.rate.value or 1.0), 1.0))
+        self.admitted += rows
         try:
             yield
         finally:
-            self.held -= rows
+            self.admitted -= rows
 
     async def __call__(self, rows: Sequence[Any]) -> np.ndarray:
         """Vectors float32 (rows, D) of one request's rows, in order."""
         step, now, loop = self._settings.max_items, time.monotonic(), asyncio.get_running_loop()
-        parts = [_Part(rows[start : start + step], loop.create_future(), now) for start in range(0, len(rows), step)]
-        self._queue.extend(parts)
+        chunks = [
+            _QueuedRows(rows[start : start + step], loop.create_future(), now) for start in range(0, len(rows), step)
+        ]
+        self._queue.extend(chunks)
         self._pump()
-        if len(parts) == 1:
-            return await parts[0].future
-        return np.concatenate(await asyncio.gather(*(part.future for part in parts)))
+        if len(chunks) == 1:
+            return await chunks[0].future
+        return np.concatenate(await asyncio.gather(*(part.future for part in chunks)))
 
     def _pump(self, now: bool = False) -> None:
         """Send what is due: at once while nothing is under way, else once a batch is full or has lingered."""
         while self._queue and len(self._running) < self._settings.inflight:
             waiting = sum(len(part.rows) for part in self._queue)
+            # While a pass runs, waiting costs nothing (the encoder is busy) and fills the next batch.
             if self._running and not now and waiting < self._settings.max_items and self._settings.linger:
                 if self._timer is None:
                     self._timer = asyncio.get_running_loop().call_later(self._settings.linger, self._lingered)
                 return
-            batch: list[_Part] = []
+            batch: list[_QueuedRows] = []
             count = 0
             while self._queue and (not batch or count + len(self._queue[0].rows) <= self._settings.max_items):
                 part = self._queue.popleft()
-                if not part.future.done():  # whoever asked may have gone
+                if not part.future.done():  # else its request was cancelled
                     batch.append(part)
                     count += len(part.rows)
             if batch:
                 task = asyncio.get_running_loop().create_task(self._run(batch, count))
-                if not self._running:
+                if not self._running:  # idle time before this batch does not count against the rate
                     self._last = time.monotonic()
                 self._running.add(task)
 
@@ -114,7 +124,7 @@ class Batcher:
         self._timer = None
         self._pump(now=True)
 
-    async def _run(self, batch: list[_Part], count: int) -> None:
+    async def _run(self, batch: list[_QueuedRows], count: int) -> None:
         started = time.monotonic()
         try:
             vectors = await self._encode([row for part in batch for row in part.rows])
@@ -123,7 +133,7 @@ class Batcher:
                 if not part.future.done():
                     part.future.set_result(vectors[first : first + len(part.rows)])
                 first += len(part.rows)
-        except Exception as error:  # belongs to the requests, which answer it
+        except Exception as error:  # each request of the batch gets it
             for part in batch:
                 if not part.future.done():
                     part.future.set_exception(error)

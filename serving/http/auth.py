@@ -1,4 +1,4 @@
-"""Who may ask: API keys from the environment and a file, and where a service without any may listen."""
+"""API keys from the environment and a file, and the addresses on which a service without any may listen."""
 
 import hashlib
 import hmac
@@ -15,7 +15,7 @@ _SHORTEST = 16
 
 
 class Keys:
-    """The keys of a service, kept as digests; empty: everybody may ask."""
+    """The keys of a service, kept as digests; empty: no key is needed."""
 
     def __init__(self, keys: Mapping[str, str]) -> None:
         """`keys` by label. Raises InputError for one that is too short, or that two labels share."""
@@ -32,10 +32,10 @@ class Keys:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def who(self, authorization: bytes) -> str | None:
-        """Label of the key in an `Authorization: Bearer KEY` header, None where it is nobody's.
+    def label_of(self, authorization: bytes) -> str | None:
+        """Label of the key in an `Authorization: Bearer KEY` header; None where it is no key of this service.
 
-        Every key is compared, over digests of one length, so that the time tells nothing.
+        Every key is compared, over digests of one length, so that the time of a request does not depend on the key.
         """
         scheme, _, given = authorization.partition(b" ")
         if scheme.lower() != b"bearer":
@@ -70,7 +70,7 @@ def read_keys(file: str, environ: Mapping[str, str] = os.environ) -> Keys:
 
 
 def _split(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(label, key); a key without a label is called after its place."""
+    """(label, key); a key without a label is named by its position (`key-3`)."""
     for number, line in enumerate(filter(None, map(str.strip, lines)), start=1):
         label, colon, key = line.partition(":")
         yield (label.strip(), key.strip()) if colon else (f"key-{number}", line)
@@ -88,12 +88,12 @@ def _labelled(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def check_bind(host: str, keys: Keys, allow_open: bool) -> None:
-    """Raises InputError where others than this machine could ask without a key, and nobody said that they may."""
+    """Raises InputError where other machines could send requests without a key and --allow-open is not set."""
     if keys or allow_open or is_loopback(host):
         return
     raise InputError(
         f"{host or 'an empty host'} is reachable from other machines and the service has no API key: set {VARIABLE} "
-        "or --door.api-keys, or say --allow-open"
+        "or --door.api-keys, or give --allow-open"
     )
 
 

@@ -1,4 +1,4 @@
-"""`/v1/rerank`: documents by how well they fit a query; texts and pictures on either side."""
+"""`/v1/rerank`: documents ordered by how well they fit a query; both may be texts or images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,48 +6,49 @@ from typing import Any
 import numpy as np
 
 from serving.http.body import parse_json
-from serving.http.embeddings import Tools, check_model, pixels_of, reply, vectors_of
-from serving.http.inputs import Inputs, is_picture, read_inputs
-from serving.http.responses import Refusal
-from serving.http.schema import RerankRequest
-from serving.interfaces import ModelSet, Picture
+from serving.http.inputs import Inputs, is_image, pixels_of, read_inputs, vectors_of
+from serving.http.responses import ApiError
+from serving.http.route import InferenceRoute, Tools, check_model, encode_reply
+from serving.http.schema import RerankReply, RerankRequest
+from serving.interfaces import ImageOrUri, ModelVersion
 
 
-async def rerank(set: ModelSet, body: bytes, content_type: str, tools: Tools) -> bytes:
-    """POST /v1/rerank."""
-    request, description = parse_json(RerankRequest, body, content_type), set.description
+async def rerank(model: ModelVersion, body: bytes, content_type: str, tools: Tools) -> bytes:
+    """Answer POST /v1/rerank."""
+    request, description = parse_json(RerankRequest, body, content_type), model.description
     check_model(request.model, description)
     count, most = len(request.documents), tools.config.max_documents
     if count > most:
-        raise Refusal(400, "too_many_documents", f"{count} documents, more than {most}", "documents")
+        raise ApiError(400, "too_many_documents", f"{count} documents, more than {most}", "documents")
     strings = [request.query, *request.documents]
-    names = ["query", *(f"documents[{place}]" for place in range(count))]
+    names = ["query", *(f"documents[{index}]" for index in range(count))]
     inputs = read_inputs(strings, names, "auto", description, tools.config)
-    tools.metrics.inputs(len(inputs.texts), len(inputs.pictures))
-    matching = description.matching and _crossing(inputs)
-    with set.admit(len(inputs.texts), len(inputs.pictures)):
+    tools.metrics.inputs(len(inputs.texts), len(inputs.images))
+    matching = description.matching and _is_cross_modal(inputs)
+    with model.admit(len(inputs.texts), len(inputs.images)):
         if matching:
-            scores, tokens = await _matched(inputs, set, tools), 0
+            scores, tokens = await _matched(inputs, model, tools), 0
         else:
-            vectors, tokens = await vectors_of(inputs, set, tools)
+            vectors, tokens = await vectors_of(inputs, model, tools)
             scores = (vectors[1:] @ vectors[0]).tolist()
     content = {"results": _results(request, scores), "score": "match_probability" if matching else "cosine"}
-    return reply(set, content, tokens)
+    return encode_reply(model, content, tokens)
 
 
-def _crossing(inputs: Inputs) -> bool:
+def _is_cross_modal(inputs: Inputs) -> bool:
     """Whether the query is of one modality and all documents of the other."""
-    return inputs.text_places == [0] or inputs.picture_places == [0]
+    return inputs.text_positions == [0] or inputs.image_positions == [0]
 
 
-async def _matched(inputs: Inputs, set: ModelSet, tools: Tools) -> list[float]:
-    pixels = await pixels_of(inputs.pictures, set, tools)
-    pairs: Sequence[tuple[str, Picture]]
-    if inputs.text_places == [0]:
-        pairs = [(inputs.texts[0], picture) for picture in pixels]
+async def _matched(inputs: Inputs, model: ModelVersion, tools: Tools) -> list[float]:
+    """Match probability of each document with the query, in order."""
+    pixels = await pixels_of(inputs.images, model, tools)
+    pairs: Sequence[tuple[str, ImageOrUri]]
+    if inputs.text_positions == [0]:
+        pairs = [(inputs.texts[0], image) for image in pixels]
     else:
         pairs = [(text, pixels[0]) for text in inputs.texts]
-    return [score or 0.0 for score in await set.match(pairs)]
+    return [score or 0.0 for score in await model.match(pairs)]
 
 
 def _results(request: RerankRequest, scores: Sequence[float]) -> list[dict[str, Any]]:
@@ -57,5 +58,16 @@ def _results(request: RerankRequest, scores: Sequence[float]) -> list[dict[str, 
     if request.return_documents:
         for result in results:
             document = request.documents[result["index"]]
-            result["document"] = {"image" if is_picture(document) else "text": document}
+            result["document"] = {"image" if is_image(document) else "text": document}
     return results
+
+
+RERANK = InferenceRoute(
+    path="/v1/rerank",
+    name="rerank",
+    handle=rerank,
+    request=RerankRequest,
+    reply=RerankReply,
+    summary="Documents by how well they fit a query",
+    description="By the match probability of the fusion encoder, or by the cosine: `score` says which.",
+)

@@ -1,7 +1,8 @@
-"""What is sent back: JSON replies, errors in OpenAI's shape, and the headers that every reply carries."""
+"""Replies: JSON, errors in OpenAI's shape, and the headers that every reply carries."""
 
 import math
 from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -13,8 +14,20 @@ NO_SNIFFING: Header = (b"x-content-type-options", b"nosniff")
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
 
-class Refusal(Exception):
-    """A request that is answered with an error; its text is for the client."""
+@dataclass(frozen=True)
+class Reply:
+    """A reply of an inference route."""
+
+    status: int
+    body: bytes
+    """JSON."""
+    headers: list[Header]
+    code: str = ""
+    """The error's code; "" where there is none."""
+
+
+class ApiError(Exception):
+    """An error that a request is answered with; its text is for the client."""
 
     def __init__(
         self, status: int, code: str, message: str, param: str | None = None, headers: Iterable[Header] = ()
@@ -28,6 +41,10 @@ class Refusal(Exception):
         """The error as JSON in OpenAI's shape."""
         return orjson.dumps(error_body(self.status, self.code, self.message, self.param))
 
+    def reply(self, headers: Iterable[Header]) -> Reply:
+        """The error as a reply, with `headers` before its own."""
+        return Reply(self.status, self.body, [*headers, *self.headers], self.code)
+
 
 def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
     """{"error": {"message", "type", "param", "code"}}."""
@@ -35,15 +52,15 @@ def error_body(status: int, code: str, message: str, param: str | None = None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def full(retry_after: float) -> Refusal:
-    """429: there is no room."""
+def overloaded(retry_after: float) -> ApiError:
+    """429: no capacity is left; seconds are rounded up."""
     seconds = max(1, math.ceil(retry_after))
-    return Refusal(429, "overloaded", "the service is full; try again later", None, [retry(seconds)])
+    return ApiError(429, "overloaded", "the service is full; try again later", None, [retry(seconds)])
 
 
-def not_ready(retry_after: float = 5) -> Refusal:
-    """503: nothing is loaded yet."""
-    return Refusal(503, "not_ready", "the model is not loaded yet", None, [retry(math.ceil(retry_after))])
+def not_ready(retry_after: float = 5) -> ApiError:
+    """503: no version is loaded yet."""
+    return ApiError(503, "not_ready", "the model is not loaded yet", None, [retry(math.ceil(retry_after))])
 
 
 def retry(seconds: int) -> Header:

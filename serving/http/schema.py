@@ -1,16 +1,18 @@
-"""Requests and replies of the HTTP interface (design, contract 7): names and shapes follow OpenAI, vLLM and Cohere."""
+"""Requests and replies of the HTTP interface (docs/formats.md, contract 7).
+
+Names and shapes follow OpenAI, vLLM and Cohere."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from serving.interfaces import Target
+from serving.interfaces import Modality
 
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 )
-"""A red picture of one pixel, for examples."""
+"""A red image of one pixel, for examples."""
 TOKENS = "token_ids"
 """Type of the validation error of inputs that are token ids: answered by 400, not 422."""
 
@@ -26,15 +28,15 @@ def _no_tokens(value: Any) -> Any:
     if isinstance(first, list):
         first = first[0] if first else 0
     if isinstance(first, int):
-        raise PydanticCustomError(TOKENS, "token ids are not read here; send texts, or pictures as data URLs")
+        raise PydanticCustomError(TOKENS, "token ids are not read here; send texts, or images as data URLs")
     return value
 
 
 class ImageUrl(Body):
-    """Where a picture is."""
+    """Where an image is."""
 
     url: str
-    """A data URL; other URLs only where the service was told to fetch from their host."""
+    """A data URL; other URLs only where the service is set to fetch from their host."""
     detail: str | None = None
     """Ignored."""
 
@@ -47,7 +49,7 @@ class TextPart(Body):
 
 
 class ImagePart(Body):
-    """A picture of a message."""
+    """An image of a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -67,7 +69,7 @@ class Message(Body):
 
 
 class EmbeddingRequest(Body):
-    """Texts and pictures to embed: `input`, or `messages` in vLLM's form (all of them together one input)."""
+    """Texts and images to embed: `input`, or `messages` in vLLM's form (all of them together one input)."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -83,11 +85,11 @@ class EmbeddingRequest(Body):
     model: str | None = None
     """The service's name, see `/v1/models`; may be left out."""
     input: Annotated[str | Annotated[list[str], Field(min_length=1, fail_fast=True)], BeforeValidator(_no_tokens)] = ""
-    """A text or picture, or a list of them; the vectors come in the same order."""
+    """A text or image, or a list of them; the vectors come in the same order."""
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] = []
-    """Their texts are joined by line ends; a picture stands alone."""
+    """Their texts are joined by line ends; an image stands alone."""
     modality: Literal["auto", "text", "image"] = "auto"
-    """auto: what begins with `data:image/` is a picture."""
+    """auto: what begins with `data:image/` is an image."""
     encoding_format: Literal["float", "base64"] = "float"
     """base64: little-endian float32."""
     dimensions: int | None = None
@@ -107,13 +109,13 @@ class Embedding(Body):
 
     object: Literal["embedding"]
     index: int
-    """Place of the input."""
+    """Position of the input."""
     embedding: list[float] | str
     """Unit vector, or its base64."""
 
 
 class Usage(Body):
-    """What was read."""
+    """Counts of what was read."""
 
     prompt_tokens: int
     """Tokens of the texts."""
@@ -131,7 +133,7 @@ class EmbeddingReply(Body):
 
 
 class SearchRequest(Body):
-    """Nearest neighbours in the index, of a text, a picture, or one of its own rows."""
+    """Nearest neighbours in the index, of a text, an image, or one of its own rows."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -147,21 +149,21 @@ class SearchRequest(Body):
     model: str | None = None
     """The service's name; may be left out."""
     text: str = ""
-    """What to look for."""
+    """A text to search for."""
     image: str = ""
-    """A picture to look for, as a data URL."""
+    """An image to search for, as a data URL."""
     id: str = ""
-    """A row of the index, to look for its neighbours; it is its own nearest one."""
-    side: Target = "image"
-    """Which vector of that row."""
-    target: Target = "image"
-    """What to find."""
+    """A row of the index, to find its neighbours; it is its own nearest one."""
+    side: Modality = "image"
+    """Modality of that row's vector."""
+    target: Modality = "image"
+    """Modality of the vectors that are searched."""
     top_k: Annotated[int, Field(ge=1)] = 10
     """How many hits."""
     rerank: bool = False
-    """Order the nearest 50 by the fusion encoder: texts against pictures; `score` is then the match probability.
+    """Order the nearest 50 by the fusion encoder: texts against images; `score` is then the match probability.
 
-    A hit whose picture cannot be read any more goes last, with score 0.
+    A hit whose image cannot be read any more goes last, with score 0.
     """
 
     @model_validator(mode="after")
@@ -176,7 +178,7 @@ class SearchHit(Body):
 
     object: Literal["search_hit"]
     index: int
-    """Place among the hits."""
+    """Position among the hits."""
     id: str
     score: float
     """Cosine; with `rerank` the match probability."""
@@ -195,7 +197,7 @@ class SearchReply(Body):
 
 
 class RerankRequest(Body):
-    """Documents to order by how well they fit a query; each is a text, or a picture as a data URL."""
+    """Documents to order by how well they fit a query; each is a text, or an image as a data URL."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -217,7 +219,7 @@ class RerankRequest(Body):
 
 
 class RerankDocument(Body):
-    """A document that was asked back."""
+    """A document, where the request wants it sent back."""
 
     text: str | None = None
     image: str | None = None
@@ -228,7 +230,7 @@ class RerankResult(Body):
     """A document's score."""
 
     index: int
-    """Place of the document in the request."""
+    """Position of the document in the request."""
     relevance_score: float
     document: RerankDocument | None = None
 
@@ -245,7 +247,7 @@ class RerankReply(Body):
 
 
 class ErrorDetail(Body):
-    """What went wrong."""
+    """An error."""
 
     message: str
     type: str

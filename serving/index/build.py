@@ -1,7 +1,8 @@
 """From the vectors of a corpus to an index folder.
 
-A row is one picture with one of its captions. The image side holds each picture once (equal `image_id`), the text side
-each caption of a picture once; thumbnails are kept once a picture. Axes: R rows, M vectors of a side, D width.
+A row is one image with one of its captions. There is one image vector and one thumbnail for each image (rows of equal
+`image_id`), and one text vector for each caption of an image. Axes: R rows, M vectors of a modality, D width of the
+joint space.
 """
 
 import json
@@ -21,14 +22,14 @@ import pyarrow as pa
 
 from models.config import InputError
 from serving.index import files as index_files
-from serving.index.approximate import Kind, kind_of, make_side
+from serving.index.approximate import IndexKind, kind_of, make_vector_index
 from serving.index.files import hash_id, load_array, sha256
-from serving.index.index import SIDES
+from serving.index.index import MODALITIES
 from serving.index.source import COLUMNS, Source, open_source, vectors_of
-from serving.interfaces import Target
+from serving.interfaces import Modality
 
 QUERIES = 200
-"""Vectors of the other side that recall is measured with."""
+"""Vectors of the other modality that recall is measured with."""
 ROW_SCHEMA = pa.schema([("id", pa.string()), ("caption", pa.string()), ("uri", pa.string())])
 THUMBNAIL_SCHEMA = pa.schema([("thumbnail", pa.binary())])
 
@@ -53,35 +54,36 @@ class Files(Protocol):
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What was built."""
+    """Sizes, kinds and recall of an index that was built."""
 
     out: str
     embedding_space: str
     rows: int
     counts: dict[str, int]
-    """Vectors, by side."""
+    """Vectors, by modality."""
     kinds: dict[str, str]
-    """By side."""
+    """"flat", "hnsw" or "ivfpq", by modality."""
     recall_at_10: dict[str, float]
-    """By side: share of the ten nearest to vectors of the other side that a search finds."""
+    """By modality: share of the ten nearest to vectors of the other modality that a search finds."""
     seconds: float
 
     def text(self) -> str:
-        """For people."""
+        """A line for each modality, and where the index is."""
         lines = [
-            f"{side:5}  {self.counts[side]:>10,} vectors  {self.kinds[side]:5}  recall@10 {self.recall_at_10[side]:.3f}"
-            for side in SIDES
+            f"{one:5}  {self.counts[one]:>10,} vectors  {self.kinds[one]:5}  recall@10 {self.recall_at_10[one]:.3f}"
+            for one in MODALITIES
         ]
         return "\n".join([*lines, f"index of embedding space {self.embedding_space}: {self.out}"])
 
 
 def build_index(
-    vectors: str, out: str, kind: Kind = "auto", files: Files | None = None, threads: int | None = None
+    vectors: str, out: str, kind: IndexKind = "auto", files: Files | None = None, threads: int | None = None
 ) -> IndexReport:
     """Build the index of a folder of vectors (written by `triptych embed`) in the folder `out`.
 
-    `files` reaches URLs; without it both are local folders. A side of `kind` auto is exact up to 50,000 vectors, a
-    graph (hnsw) up to two million, and quantised (ivfpq) beyond. `threads` are those of the build (default: all cores).
+    `files` reaches URLs; without it both are local folders. With `kind` auto a modality is searched exactly up to
+    50,000 vectors, by a graph (hnsw) up to two million, and quantised (ivfpq) beyond. `threads` are those of the build
+    (default: all cores).
     Raises InputError: vectors missing, incomplete or damaged; an index that is there already.
     """
     started = time.monotonic()
@@ -111,8 +113,8 @@ def build_index(
         out=out,
         embedding_space=source.embedding_space,
         rows=source.count,
-        counts={side: entry["count"] for side, entry in sides.items()},
-        kinds={side: entry["kind"] for side, entry in sides.items()},
+        counts={modality: entry["count"] for modality, entry in sides.items()},
+        kinds={modality: entry["kind"] for modality, entry in sides.items()},
         recall_at_10=about["recall_at_10"],
         seconds=time.monotonic() - started,
     )
@@ -127,32 +129,32 @@ def _local(uri: str, files: Files | None, stack: ExitStack) -> Path:
 
 
 def _write_about(folder: Path, about: dict[str, Any]) -> None:
-    part = folder / f".{index_files.ABOUT}"
-    part.write_text(json.dumps(about, indent=1))
-    part.replace(folder / index_files.ABOUT)
+    temporary = folder / f".{index_files.ABOUT}"  # so that the name appears with the whole content
+    temporary.write_text(json.dumps(about, indent=1))
+    temporary.replace(folder / index_files.ABOUT)
 
 
-def _build(source: Source, folder: Path, kind: Kind, threads: int) -> dict[str, Any]:
+def _build(source: Source, folder: Path, kind: IndexKind, threads: int) -> dict[str, Any]:
     """All files but `index.json`, whose content is returned."""
-    first_rows, places = _number(source, folder)
+    first_rows, positions = _number(source, folder)
     _write_rows(source, folder, first_rows)
-    written = [index_files.ROWS, index_files.THUMBNAILS, index_files.PLACES, index_files.IDS]
+    written = [index_files.ROWS, index_files.THUMBNAILS, index_files.POSITIONS, index_files.IDS]
     sides: dict[str, dict[str, Any]] = {}
     recall: dict[str, float] = {}
-    vectors = {side: load_array(folder / index_files.vectors_file(side)) for side in SIDES}
+    vectors = {modality: load_array(folder / index_files.vectors_file(modality)) for modality in MODALITIES}
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)
     try:
-        for side, other in zip(SIDES, reversed(SIDES), strict=True):
-            count = len(first_rows[side])
-            made, recall[side] = make_side(kind_of(kind, count), vectors[side], _sample(vectors[other]))
-            used = kind_of(kind, count) if made.graph is not None else "flat"
-            sides[side] = {"kind": used, "count": count, "effort": made.effort}
-            written += [index_files.vectors_file(side), index_files.rows_file(side)]
-            if made.graph is not None:
-                faiss.write_index(made.graph, str(folder / index_files.graph_file(side)))
-                written.append(index_files.graph_file(side))
-            logger.info("index: %s side, %s vectors, %s", side, f"{count:,}", used)
+        for modality, other in zip(MODALITIES, reversed(MODALITIES), strict=True):
+            count = len(first_rows[modality])
+            made, recall[modality] = make_vector_index(kind_of(kind, count), vectors[modality], _sample(vectors[other]))
+            used = kind_of(kind, count) if made.ann_index is not None else "flat"
+            sides[modality] = {"kind": used, "count": count, "effort": made.search_parameter}
+            written += [index_files.vectors_file(modality), index_files.rows_file(modality)]
+            if made.ann_index is not None:
+                faiss.write_index(made.ann_index, str(folder / index_files.ann_index_file(modality)))
+                written.append(index_files.ann_index_file(modality))
+            logger.info("index: %s, %s vectors, %s", modality, f"{count:,}", used)
     finally:
         faiss.omp_set_num_threads(before)
     larger = max(sides.values(), key=lambda entry: entry["count"])
@@ -163,7 +165,7 @@ def _build(source: Source, folder: Path, kind: Kind, threads: int) -> dict[str, 
         "dimensions": source.dimensions,
         "manifest": source.manifest,
         "kind": larger["kind"],
-        "rows": len(places),
+        "rows": len(positions),
         "sides": sides,
         "recall_at_10": recall,
         "files": {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in written},
@@ -176,30 +178,31 @@ def _sample(vectors: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(vectors[chosen])
 
 
-def _number(source: Source, folder: Path) -> tuple[dict[Target, np.ndarray], np.ndarray]:
-    """The first row of each vector, by side, and the places (R, 2) of all rows; writes these and the table of ids."""
-    pictures, captions, ids = (np.empty(source.count, np.int64) for _ in range(3))
+def _number(source: Source, folder: Path) -> tuple[dict[Modality, np.ndarray], np.ndarray]:
+    """The first row of each vector, by modality, and the positions (R, 2) of all rows; writes both, and the ids.
+
+    Equal keys are one vector: an image's key is its `image_id`, a caption's is its text together with its image.
+    """
+    images, captions, ids = (np.empty(source.count, np.int64) for _ in range(3))
     row = 0
     for batch in source.batches(["id", "caption", "image_id"]):
         part = slice(row, row + len(batch))
         keys = batch.column("id").to_pylist()
         ids[part] = [hash_id(key) for key in keys]
         named = "image_id" in batch.schema.names
-        pictures[part] = batch.column("image_id").to_numpy() if named else np.arange(part.start, part.stop)
+        images[part] = batch.column("image_id").to_numpy() if named else np.arange(part.start, part.stop)
         texts = batch.column("caption").to_pylist()
-        captions[part] = [
-            hash_id(f"{picture} {text}") for picture, text in zip(pictures[part].tolist(), texts, strict=True)
-        ]
+        captions[part] = [hash_id(f"{image} {text}") for image, text in zip(images[part].tolist(), texts, strict=True)]
         row += len(batch)
-    first: dict[Target, np.ndarray] = {}
-    places = np.empty((source.count, 2), np.int64)
-    for column, (side, keys_of_side) in enumerate(zip(SIDES, (pictures, captions), strict=True)):
-        first[side], places[:, column] = _first_of(keys_of_side)
-        np.save(folder / index_files.rows_file(side), first[side], allow_pickle=False)
+    first: dict[Modality, np.ndarray] = {}
+    positions = np.empty((source.count, 2), np.int64)
+    for column, (modality, keys_of_modality) in enumerate(zip(MODALITIES, (images, captions), strict=True)):
+        first[modality], positions[:, column] = _first_of(keys_of_modality)
+        np.save(folder / index_files.rows_file(modality), first[modality], allow_pickle=False)
     order = np.argsort(ids, kind="stable")
-    np.save(folder / index_files.PLACES, places, allow_pickle=False)
+    np.save(folder / index_files.POSITIONS, positions, allow_pickle=False)
     np.save(folder / index_files.IDS, np.stack([ids[order], order]), allow_pickle=False)
-    return first, places
+    return first, positions
 
 
 def _first_of(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -211,33 +214,33 @@ def _first_of(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[order], rank[member]
 
 
-def _write_rows(source: Source, folder: Path, first_rows: dict[Target, np.ndarray]) -> None:
-    """The table of rows, the thumbnails and the vectors of both sides, in one pass over the source."""
+def _write_rows(source: Source, folder: Path, first_rows: dict[Modality, np.ndarray]) -> None:
+    """The table of rows, the thumbnails and the vectors of both modalities, in one pass over the source."""
     vectors = {
-        side: np.lib.format.open_memmap(
-            folder / index_files.vectors_file(side),
+        modality: np.lib.format.open_memmap(
+            folder / index_files.vectors_file(modality),
             mode="w+",
             dtype=np.float32,
-            shape=(len(first_rows[side]), source.dimensions),
+            shape=(len(first_rows[modality]), source.dimensions),
         )
-        for side in SIDES
+        for modality in MODALITIES
     }
     with (
         pa.OSFile(str(folder / index_files.ROWS), "wb") as rows_out,
         pa.ipc.new_file(rows_out, ROW_SCHEMA) as rows,
-        pa.OSFile(str(folder / index_files.THUMBNAILS), "wb") as pictures_out,
-        pa.ipc.new_file(pictures_out, THUMBNAIL_SCHEMA) as pictures,
+        pa.OSFile(str(folder / index_files.THUMBNAILS), "wb") as thumbnails_out,
+        pa.ipc.new_file(thumbnails_out, THUMBNAIL_SCHEMA) as images,
     ):
         for start, batch in _numbered(source):
             rows.write_batch(batch.select(ROW_SCHEMA.names).cast(ROW_SCHEMA))
-            for side in SIDES:
-                found = first_rows[side]
+            for modality in MODALITIES:
+                found = first_rows[modality]
                 begin, end = np.searchsorted(found, [start, start + len(batch)])
                 chosen = found[begin:end] - start
-                values = vectors_of(batch, f"{side}_vector", source.dimensions, source.folder)
-                vectors[side][begin:end] = values[chosen]
-                if side == "image":
-                    pictures.write_batch(_thumbnails(batch, chosen))
+                values = vectors_of(batch, f"{modality}_vector", source.dimensions, source.folder)
+                vectors[modality][begin:end] = values[chosen]
+                if modality == "image":
+                    images.write_batch(_thumbnails(batch, chosen))
     for written in vectors.values():
         written.flush()
 

@@ -1,6 +1,6 @@
 """What lies in an index folder, and how single rows are read from it.
 
-Axes: R rows (picture and caption pairs of the corpus), M vectors of one side, D width of the joint space.
+Axes: R rows (image and caption pairs of the corpus), M vectors of one modality, D width of the joint space.
 """
 
 import hashlib
@@ -20,31 +20,31 @@ ABOUT = "index.json"
 ROWS = "rows.arrow"
 """Columns id, caption, uri: one row a pair, (R)."""
 THUMBNAILS = "thumbnails.arrow"
-"""Column thumbnail: one row a picture, in the order of the image vectors."""
-PLACES = "places.npy"
-"""int64 (R, 2): where the row's picture and its caption stand among the vectors of their sides."""
+"""Column thumbnail: one row an image, in the order of the image vectors."""
+POSITIONS = "places.npy"
+"""int64 (R, 2): positions of the row's image and of its caption among the vectors of their modality."""
 IDS = "ids.npy"
 """int64 (2, R): hashes of ids, and the row of each; by hash, then by row."""
 
 
-def vectors_file(side: str) -> str:
-    """float32 (M, D), unit length."""
-    return f"{side}_vectors.npy"
+def vectors_file(modality: str) -> str:
+    """File of the vectors float32 (M, D), unit length."""
+    return f"{modality}_vectors.npy"
 
 
-def rows_file(side: str) -> str:
-    """int64 (M,): the first row of each vector."""
-    return f"{side}_rows.npy"
+def rows_file(modality: str) -> str:
+    """File of the first row of each vector, int64 (M,)."""
+    return f"{modality}_rows.npy"
 
 
-def graph_file(side: str) -> str:
-    """faiss' own file, where the side is not searched exactly."""
-    return f"{side}.faiss"
+def ann_index_file(modality: str) -> str:
+    """faiss' own file, where the modality is not searched exactly."""
+    return f"{modality}.faiss"
 
 
-def hash_id(id: str) -> int:
+def hash_id(row_id: str) -> int:
     """A signed 64-bit hash of a row's id."""
-    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(row_id.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def load_array(path: Path) -> np.ndarray:
@@ -70,7 +70,7 @@ class Table:
 
 
 def read_about(folder: Path, verify: bool) -> dict[str, Any]:
-    """`index.json`, after a look at every file that it names (size; with `verify` also the hash).
+    """`index.json`, once every file that it names is checked (size; with `verify` also the hash).
 
     Raises InputError where there is no index, or one that is incomplete, damaged or of another format.
     """

@@ -1,4 +1,4 @@
-// What is asked, as the page's hash: text, row or picture (by number only), and the controls.
+// What is asked, as the page's hash: text, row or image (by number only), and the controls.
 
 export const FIRST = 24; // hits at first
 export const MOST = 96; // and at most
@@ -11,7 +11,7 @@ export function parse(hash) {
     text: fields.get("q") ?? "",
     id: fields.get("id") ?? "",
     side: fields.get("side") === "text" ? "text" : "image",
-    picture: fields.get("picture") ?? "",
+    image: fields.get("image") ?? "",
     target: fields.get("target") === "text" ? "text" : "image",
     rerank: fields.get("rerank") === "1",
     count: Number.isInteger(count) && count > 0 ? Math.min(count, MOST) : FIRST,
@@ -20,12 +20,12 @@ export function parse(hash) {
 }
 
 /** The hash of a state, or the page without one where nothing was changed. */
-export function addressOf({ text, id, side, picture, target, rerank, count, version }) {
+export function addressOf({ text, id, side, image, target, rerank, count, version }) {
   const fields = new URLSearchParams();
   if (text) fields.set("q", text);
   if (id) fields.set("id", id);
   if (id) fields.set("side", side);
-  if (picture) fields.set("picture", picture);
+  if (image) fields.set("image", image);
   if (target !== "image") fields.set("target", target);
   if (rerank) fields.set("rerank", "1");
   if (count !== FIRST) fields.set("k", count);

@@ -68,10 +68,10 @@ const again = (wait) => `Try again in ${wait === 1 ? "a second" : `${wait} secon
 const seconds = (headers) => Math.max(1, Math.ceil(Number(headers.get("retry-after")) || 1));
 
 const TITLES = {
-  400: ({ image, detail }) => [`The service cannot ${image ? "use this picture" : "answer this"}.`, detail],
+  400: ({ image, detail }) => [`The service cannot ${image ? "use this image" : "answer this"}.`, detail],
   401: () => [hasKey() ? "The API key was not accepted." : "This service asks for an API key.", ""],
   404: ({ detail, code }) => MISSING[code] ?? ["The service does not have this.", detail],
-  413: ({ image, detail }) => [`This ${image ? "picture " : ""}is too large for the service.`, detail],
+  413: ({ image, detail }) => [`This ${image ? "image " : ""}is too large for the service.`, detail],
   422: ({ detail }) => ["The service did not understand the request.", detail],
   429: ({ wait }) => ["The service is full.", again(wait)],
   503: ({ wait }) => ["The service is not ready.", `It may still be loading its model. ${again(wait)}`],

@@ -52,7 +52,7 @@ const given = (value) => (value && typeof value === "object" ? Object.keys(value
 function payload(document, type, media, value) {
   if (type !== "multipart/form-data") return [`-H 'content-type: ${type}'`, `-d ${quoted(JSON.stringify(value))}`];
   const fields = follow(document, media.schema ?? {}).properties ?? {};
-  const given = value ?? Object.fromEntries(Object.keys(fields).slice(0, 1).map((name) => [name, "picture.jpg"]));
+  const given = value ?? Object.fromEntries(Object.keys(fields).slice(0, 1).map((name) => [name, "image.jpg"]));
   const file = (name) => /binary|octet-stream/.test(JSON.stringify(fields[name] ?? {}));
   return Object.entries(given).map(([name, one]) => `-F ${quoted(`${name}=${file(name) ? "@" : ""}${one}`)}`);
 }

@@ -1,13 +1,13 @@
-// The search page: what is asked lives in the address (never a picture), so that back, forward and links work.
+// The search page: what is asked lives in the address (never an image), so that back, forward and links work.
 
 import { FIRST, MOST, addressOf, parse } from "./address.js";
 import { Failure, ask, forgetKey, hasKey, keepKey } from "./api.js";
-import { readPicture } from "./picture.js";
+import { readImage } from "./image.js";
 import { showAnswered, showFailure, showHits, showQuery, walkWithArrows } from "./results.js";
 
 const RERANKED = 50; // the service re-orders so many
 const find = (id) => document.getElementById(id);
-const pictures = new Map(); // of this visit: number -> {url, name}
+const images = new Map(); // of this visit: number -> {url, name}
 const seen = new Map(); // rows that were shown: "side id" -> hit
 let models = [];
 let state = {};
@@ -22,7 +22,7 @@ function go(changes) {
   if (addressOf(state) !== location.hash) history.pushState(null, "", addressOf(state));
   show();
 }
-const NOTHING = { text: "", id: "", picture: "", count: FIRST };
+const NOTHING = { text: "", id: "", image: "", count: FIRST };
 
 /** Changes a control; words that stand in the field and were not asked yet are asked along. */
 function turn(changes) {
@@ -30,9 +30,9 @@ function turn(changes) {
   go({ ...(text && text !== state.text ? { ...NOTHING, text } : {}), count: FIRST, ...changes });
 }
 
-const asks = ({ text, id, picture }) => Boolean(text || id || picture);
+const asks = ({ text, id, image }) => Boolean(text || id || image);
 const served = () => models.find((one) => (state.version ? one.label === state.version : one.current));
-const modality = ({ picture }) => (picture ? "image" : "text");
+const modality = ({ image }) => (image ? "image" : "text");
 const mayRerank = () => Boolean(served()?.matching) && !state.id && modality(state) !== state.target;
 
 /** Whether the row that is asked for is itself among what is found, as its own nearest neighbour: it is left out. */
@@ -40,7 +40,7 @@ const toItself = () => Boolean(state.id) && state.side === state.target;
 
 function body() {
   const query = state.id ? { id: state.id, side: state.side }
-    : state.picture ? { image: pictures.get(state.picture).url } : { text: state.text };
+    : state.image ? { image: images.get(state.image).url } : { text: state.text };
   const { target, count } = state;
   if (state.rerank && mayRerank()) return { ...query, target, top_k: Math.min(count, RERANKED), rerank: true };
   return { ...query, target, top_k: count + (toItself() ? 1 : 0) };
@@ -55,10 +55,10 @@ async function show() {
   if (!asks(state)) return showStart();
   find("start").hidden = true;
   showQuery(described());
-  if (state.picture && !pictures.has(state.picture)) {
+  if (state.image && !images.has(state.image)) {
     showNothing();
-    const advice = "Pictures are kept only while this page is open. Drop or choose it once more.";
-    return showFailure(new Failure(400, "The picture of this search is gone.", advice));
+    const advice = "Images are kept only while this page is open. Drop or choose it once more.";
+    return showFailure(new Failure(400, "The image of this search is gone.", advice));
   }
   const mine = (running = new AbortController());
   document.body.classList.add("busy");
@@ -97,7 +97,7 @@ function showAnswer(answer, asked) {
 }
 
 function summary(count, asked) {
-  const things = state.target === "text" ? ["caption", "captions"] : ["picture", "pictures"];
+  const things = state.target === "text" ? ["caption", "captions"] : ["image", "images"];
   if (!count) return `No ${things[1]} found.`;
   const order = asked.rerank ? "re-ranked by match probability" : "by cosine similarity";
   return `${count} ${things[count === 1 ? 0 : 1]}, ${order}.`;
@@ -105,12 +105,12 @@ function summary(count, asked) {
 
 /** What the panel beside the wall says of the query; a text stands in the field already. */
 function described() {
-  const own = pictures.get(state.picture);
-  if (own) return { picture: own.url, title: "Nearest to this picture", caption: own.name };
+  const own = images.get(state.image);
+  if (own) return { image: own.url, title: "Nearest to this image", caption: own.name };
   if (!state.id) return null;
   const hit = seen.get(`${state.side} ${state.id}`);
-  const title = state.side === "text" ? "Nearest to this caption" : "Nearest to this picture";
-  return { picture: hit?.thumbnail, title, caption: hit?.caption || state.id };
+  const title = state.side === "text" ? "Nearest to this caption" : "Nearest to this image";
+  return { image: hit?.thumbnail, title, caption: hit?.caption || state.id };
 }
 
 function openHit(hit) {
@@ -155,7 +155,7 @@ function showRerank() {
   find("rerank-option").hidden = !served()?.matching;
   find("rerank").disabled = !possible;
   find("rerank").checked = state.rerank && possible;
-  const reason = state.id ? "not for neighbours" : "only between words and pictures";
+  const reason = state.id ? "not for neighbours" : "only between words and images";
   find("rerank-note").textContent = possible || !served()?.matching ? "" : reason;
 }
 
@@ -172,7 +172,7 @@ function showVersions() {
   select.disabled = options.length < 2;
   const index = served()?.index;
   const number = new Intl.NumberFormat("en");
-  find("corpus").textContent = index ? `${number.format(index.images)} pictures, ${number.format(index.texts)} captions`
+  find("corpus").textContent = index ? `${number.format(index.images)} images, ${number.format(index.texts)} captions`
     : served() ? "no index loaded" : "";
 }
 
@@ -203,10 +203,10 @@ function askForKey(failure) {
 
 async function take(file) {
   try {
-    const picture = await readPicture(file);
+    const image = await readImage(file);
     const number = String(Date.now());
-    pictures.set(number, picture);
-    go({ ...NOTHING, picture: number });
+    images.set(number, image);
+    go({ ...NOTHING, image: number });
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
     showFailure(error);
@@ -259,7 +259,7 @@ function listen() {
   });
 }
 
-function listenForPictures() {
+function listenForImages() {
   addEventListener("paste", (event) => {
     const [file] = event.clipboardData?.files ?? [];
     if (!file) return;
@@ -281,14 +281,14 @@ function listenForPictures() {
     event.preventDefault();
     const [file] = event.dataTransfer.files;
     if (file) take(file);
-    else showFailure(new Failure(400, "Only picture files can be dropped.", "Save it first, or copy it and paste it here."));
+    else showFailure(new Failure(400, "Only image files can be dropped.", "Save it first, or copy it and paste it here."));
   });
 }
 
 async function begin() {
   state = parse(location.hash);
   listen();
-  listenForPictures();
+  listenForImages();
   const known = loadModels();
   if (asks(state)) await known; // only a known version says whether re-ranking is possible
   show();

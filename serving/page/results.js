@@ -21,15 +21,15 @@ function image(source) {
 /** A search_hit as a button; `rank` from 1. */
 function tile(hit, rank, chance) {
   const words = hit.caption || hit.id;
-  const picture = hit.thumbnail
-    ? element("span", "picture", image(hit.thumbnail))
-    : element("span", "picture words", element("span", "", words));
+  const tile = hit.thumbnail
+    ? element("span", "image", image(hit.thumbnail))
+    : element("span", "image words", element("span", "", words));
   const bar = element("span", "bar");
   bar.style.setProperty("--share", String(Math.min(1, Math.max(0, hit.score))));
   const score = element("span", "score", element("b", "", hit.score.toFixed(3)), bar);
   const label = element("span", "label", score);
   if (hit.thumbnail) label.append(element("span", "caption", words));
-  const button = element("button", "hit", picture, label);
+  const button = element("button", "hit", tile, label);
   button.type = "button";
   button.title = words;
   const said = `${chance ? "Match" : "Score"} ${hit.score.toFixed(3)}`;
@@ -49,7 +49,7 @@ export function showHits(hits, { target, chance, open }) {
   }));
 }
 
-/** A caption without a picture: its words once, beside the score. */
+/** A caption without an image: its words once, beside the score. */
 function asRow(button, hit) {
   const label = button.querySelector(".label");
   label.append(element("span", "caption", hit.caption || hit.id));
@@ -71,11 +71,11 @@ export function walkWithArrows(list) {
   });
 }
 
-/** The panel that keeps a picture or a row of the index in sight beside its neighbours; null hides it. */
+/** The panel that keeps an image or a row of the index in sight beside its neighbours; null hides it. */
 export function showQuery(query) {
   find("query").hidden = !query;
   if (!query) return;
-  find("query-frame").replaceChildren(...(query.picture ? [image(query.picture)] : []));
+  find("query-frame").replaceChildren(...(query.image ? [image(query.image)] : []));
   find("query-title").textContent = query.title;
   find("query-caption").textContent = query.caption;
 }

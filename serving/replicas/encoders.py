@@ -1,6 +1,7 @@
-"""Encoder replicas: each loads one version's package and encodes whole batches, off its event loop.
+"""Encoder replicas: each loads the package of one version and encodes whole batches, off its event loop.
 
-All they do is call `models/inference.py`; requests are gathered in the gateway, before the handle. Axes as there.
+The mathematics is in `models/inference.py`; batches are made in the gateway. Axes: N inputs, S image side, D width of
+the joint space.
 """
 
 import asyncio
@@ -17,16 +18,16 @@ from models.config import InputError
 from models.images import ImageRejected, decode_whole, open_image
 from serving import model_source
 from serving.config import ReplicaConfig
-from serving.interfaces import Picture
+from serving.interfaces import ImageOrUri
 
 logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 Timed = tuple[np.ndarray, float]
-"""Vectors, and the seconds that computing them took."""
+"""(vectors float32 (N, D), seconds that computing them took)."""
 
 
 class Replica:
-    """A package in a process of its own, and threads for its forward passes."""
+    """What all encoder replicas have: a package, and threads for its forward passes."""
 
     def __init__(self, model: str, space: str, settings: dict[str, Any], bf16: bool) -> None:
         """Raises InputError where MODEL is not there, or is not the one of embedding space `space` any more."""
@@ -41,16 +42,16 @@ class Replica:
             self.package = load_package(folder, model, device)
             self._health = _stored_health(folder)
         if space and self.package.embedding_space != space:
-            raise InputError(f"{model}: embedding space {self.package.embedding_space} there, {space} was asked for")
+            raise InputError(f"{model}: the package is of embedding space {self.package.embedding_space}, not {space}")
         self.bf16 = bf16
         self._pool = ThreadPoolExecutor(config.passes, thread_name_prefix="forward")
 
     async def run(self, work: Callable[[], ResultT]) -> ResultT:
-        """The result of `work`, done in a thread: health checks and new batches are not kept waiting."""
+        """The result of `work`, done in a thread, so that health checks and new batches do not wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def about(self) -> dict[str, Any]:
-        """What a gateway needs to know of the version."""
+        """Names, sizes and the tokeniser of the version, for `VersionClient`."""
         preprocessor, fusion = self.package.preprocessor, self.package.model.fusion
         return {
             "name": self.package.name,
@@ -77,10 +78,10 @@ def _stored_health(folder: Path) -> dict[str, Any]:
 
 
 class TextEncoder(Replica):
-    """The text tower of one version."""
+    """The text encoder of one version."""
 
     async def encode(self, ids: np.ndarray, lengths: np.ndarray) -> Timed:
-        """Vectors float32 (N, D) of captions: `ids` int32, all one after the other, `lengths` int32 (N,) of each."""
+        """Vectors float32 (N, D) of captions: token `ids` int32 of all, one after the other, `lengths` int32 (N,)."""
         return await self.run(lambda: self._encode(np.split(ids, np.cumsum(lengths)[:-1])))
 
     def _encode(self, rows: Sequence[np.ndarray]) -> Timed:
@@ -91,10 +92,10 @@ class TextEncoder(Replica):
 
 
 class ImageEncoder(Replica):
-    """The image tower of one version."""
+    """The image encoder of one version."""
 
     async def encode(self, pixels: np.ndarray) -> Timed:
-        """Vectors float32 (N, D) of pictures uint8 (N, S, S, 3)."""
+        """Vectors float32 (N, D) of images uint8 (N, S, S, 3)."""
         return await self.run(lambda: self._encode(pixels))
 
     def _encode(self, pixels: np.ndarray) -> Timed:
@@ -108,44 +109,44 @@ class Matcher(Replica):
     """The fusion encoder of one version, with both towers: it needs their token states, too large to be sent."""
 
     def __init__(self, model: str, space: str, settings: dict[str, Any], bf16: bool, max_pixels: int) -> None:
-        """As `Replica`; pictures read by their URI have at most `max_pixels` pixels."""
+        """As `Replica`; images read by their URI have at most `max_pixels` pixels."""
         super().__init__(model, space, settings, bf16)
         self._max_pixels = max_pixels
         self._readers = ThreadPoolExecutor(8, thread_name_prefix="read")
 
     async def match(
-        self, texts: list[str], pictures: list[Picture], pairs: list[tuple[int, int]]
+        self, texts: list[str], images: list[ImageOrUri], pairs: list[tuple[int, int]]
     ) -> list[float | None]:
-        """Probability of each (place in `texts`, place in `pictures`); None where the picture cannot be read."""
+        """Probability of each pair (index in `texts`, index in `images`); None where the image cannot be read."""
         loop = asyncio.get_running_loop()
-        read = await asyncio.gather(*(loop.run_in_executor(self._readers, self._pixels, one) for one in pictures))
+        read = await asyncio.gather(*(loop.run_in_executor(self._readers, self._pixels, image) for image in images))
         return await self.run(lambda: self._match(texts, list(read), pairs))
 
     def _match(
-        self, texts: list[str], read: list[np.ndarray | None], pairs: list[tuple[int, int]]
+        self, texts: list[str], images: list[np.ndarray | None], pairs: list[tuple[int, int]]
     ) -> list[float | None]:
         from models.inference import match
 
-        good = [place for place, pixels in enumerate(read) if pixels is not None]
-        where = {place: number for number, place in enumerate(good)}
-        asked = [(text, where[picture]) for text, picture in pairs if picture in where]
-        if not asked:
+        readable = [index for index, pixels in enumerate(images) if pixels is not None]
+        row_of = {index: row for row, index in enumerate(readable)}
+        scored = [(text, row_of[image]) for text, image in pairs if image in row_of]
+        if not scored:
             return [None] * len(pairs)
         tokens = self.package.tokenizer
         ids, mask = tokens.encode(texts, self.package.preprocessor.max_tokens)
-        rows = [row[: int(seen.sum())] for row, seen in zip(ids, mask, strict=True)]
-        pixels = np.stack([one for one in read if one is not None])
-        found = iter(match(self.package, rows, pixels, asked, self.bf16).tolist())
-        return [next(found) if picture in where else None for _, picture in pairs]
+        rows = [row[: int(real.sum())] for row, real in zip(ids, mask, strict=True)]
+        pixels = np.stack([image for image in images if image is not None])
+        found = iter(match(self.package, rows, pixels, scored, self.bf16).tolist())
+        return [next(found) if image in row_of else None for _, image in pairs]
 
-    def _pixels(self, picture: Picture) -> np.ndarray | None:
-        if isinstance(picture, np.ndarray):
-            return picture
+    def _pixels(self, image: ImageOrUri) -> np.ndarray | None:
+        if isinstance(image, np.ndarray):
+            return image
         size = self.package.preprocessor.image_size
         pixels = np.empty((size, size, 3), np.uint8)
         try:
-            decode_whole(open_image(model_source.read_image(picture), self._max_pixels, 1), pixels)
+            decode_whole(open_image(model_source.read_image(image), self._max_pixels, 1), pixels)
         except (InputError, ImageRejected) as error:
-            logger.warning("no picture to re-rank with: %s", error)
+            logger.warning("no image to re-rank with: %s", error)
             return None
         return pixels

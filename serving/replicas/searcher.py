@@ -11,7 +11,7 @@ import numpy as np
 from models.redact import redact
 from serving import model_source
 from serving.config import ReplicaConfig
-from serving.interfaces import Hit, Target
+from serving.interfaces import Hit, Modality
 
 if TYPE_CHECKING:
     from serving.index.index import Index
@@ -20,10 +20,10 @@ ResultT = TypeVar("ResultT")
 
 
 class Searcher:
-    """Nearest neighbours of one version's vectors; without an index it only holds the application together."""
+    """Nearest neighbours of one version's vectors; without an index it only binds the application together."""
 
     def __init__(self, uri: str, space: str, settings: dict[str, Any], encoders: dict[str, Any]) -> None:
-        """`encoders` are the handles of the application's other parts, bound here so that they are deployed with it.
+        """`encoders` are handles of the application's other deployments, which Serve deploys as they are bound here.
 
         Raises InputError where the index is damaged or of another embedding space.
         """
@@ -44,15 +44,15 @@ class Searcher:
         index = self._index
         return {"uri": redact(self._uri), "images": index.images, "texts": index.texts, "kind": index.kind}
 
-    async def search(self, query: np.ndarray, target: Target, top_k: int) -> list[Hit]:
-        """The nearest rows to float32 (D,), the nearest first."""
+    async def search(self, query: np.ndarray, modality: Modality, top_k: int) -> list[Hit]:
+        """The rows whose vectors of `modality` are nearest to float32 (D,), the nearest first."""
         index = self._opened()
-        return (await self._run(lambda: index.search(query[None], target, top_k)))[0]
+        return (await self._run(lambda: index.search(query[None], modality, top_k)))[0]
 
-    async def vector_of(self, id: str, side: Target) -> np.ndarray | None:
-        """The vector float32 (D,) of a row; None where there is none of that id."""
+    async def vector_of(self, row_id: str, modality: Modality) -> np.ndarray | None:
+        """The vector float32 (D,) of a row; None where no row has that id."""
         index = self._opened()
-        return await self._run(lambda: index.vector_of(id, side))
+        return await self._run(lambda: index.vector_of(row_id, modality))
 
     def _opened(self) -> "Index":
         assert self._index is not None

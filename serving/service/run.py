@@ -22,7 +22,7 @@ from serving.environment import CLUSTER
 from serving.gateway.port import shared_socket
 
 logger = logging.getLogger(__name__)
-_STEP = 0.2
+_PAUSE = 0.2
 
 
 def address(config: ServingConfig) -> str:
@@ -37,21 +37,21 @@ def running(config: ServingConfig, start_seconds: float = 600) -> Iterator[str]:
 
     Raises InputError where it cannot listen, its model cannot be loaded, or it is not ready in time.
     """
-    with _holding(config.host, config.port):
+    with _reserved_port(config.host, config.port):
         yield from _running(config, start_seconds)
 
 
 def _running(config: ServingConfig, start_seconds: float) -> Iterator[str]:
     for name, value in CLUSTER.items():
         os.environ.setdefault(name, value)
-    from ray import serve
+    from ray import serve  # imported once the variables it reads are set
 
     from serving.control.controller import why_failed
     from serving.service.app import SERVICE, build
 
     config = model_source.check(config)
     target = build(config.model_dump())
-    ours = model_source.connect()
+    started_ray = model_source.connect()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
     try:
@@ -64,7 +64,7 @@ def _running(config: ServingConfig, start_seconds: float) -> Iterator[str]:
     finally:
         with contextlib.suppress(Exception):
             _drain(config)
-        _end(ours)
+        _end(started_ray)
 
 
 def run_until_stopped(config: ServingConfig) -> None:
@@ -84,23 +84,24 @@ def run_until_stopped(config: ServingConfig) -> None:
     logger.info("ended")
 
 
-def _end(ours: bool) -> None:
-    """End Serve, and Ray where it was started for it."""
+def _end(started_ray: bool) -> None:
+    """End Serve, and Ray where it was started for this service."""
     import ray
     from ray import serve
 
-    with contextlib.redirect_stdout(io.StringIO()):  # Ray tells there that its calls to the ended controller failed
+    with contextlib.redirect_stdout(io.StringIO()):  # Ray prints there that calls to the ended controller failed
         serve.shutdown()
-        if ours:
+        if started_ray:
             ray.shutdown()
 
 
 def _state() -> dict[str, str]:
+    """What `VersionController.state` answers."""
     from ray import serve
 
-    from serving.service.app import SERVICE
+    from serving.service.app import CONTROLLER, SERVICE
 
-    return dict(serve.get_deployment_handle("Versions", SERVICE).state.remote().result(timeout_s=30))
+    return dict(serve.get_deployment_handle(CONTROLLER, SERVICE).state.remote().result(timeout_s=30))
 
 
 def _wait_ready(config: ServingConfig, seconds: float) -> None:
@@ -113,7 +114,7 @@ def _wait_ready(config: ServingConfig, seconds: float) -> None:
         state = _state()
         if state["alarm"] and not state["current"]:
             raise InputError(state["alarm"])
-        time.sleep(_STEP)
+        time.sleep(_PAUSE)
     raise InputError(f"{config.model}: not ready within {seconds:.0f} s; Ray's logs of the replicas say why")
 
 
@@ -121,21 +122,21 @@ def _drain(config: ServingConfig) -> None:
     """Have the gateways stop listening; returns once nothing listens, or the deadline has passed."""
     from ray import serve
 
-    from serving.service.app import SERVICE
+    from serving.service.app import CONTROLLER, SERVICE
 
-    serve.get_deployment_handle("Versions", SERVICE).drain.remote().result(timeout_s=5)
+    serve.get_deployment_handle(CONTROLLER, SERVICE).drain.remote().result(timeout_s=5)
     limit = time.monotonic() + min(config.door.deadline, 20)
     while time.monotonic() < limit:
         try:
             socket.create_connection((config.host, config.port), timeout=1).close()
         except OSError:
             return
-        time.sleep(_STEP)
+        time.sleep(_PAUSE)
 
 
 @contextmanager
-def _holding(host: str, port: int) -> Iterator[None]:
-    """Keeps the port for the gateways, which share it; raises InputError where somebody else has it.
+def _reserved_port(host: str, port: int) -> Iterator[None]:
+    """Reserve the port for the gateways, which share it. Raises InputError where another program has it.
 
     The socket never listens, so it takes no connection, but no other program can bind the port meanwhile.
     """
@@ -144,13 +145,13 @@ def _holding(host: str, port: int) -> Iterator[None]:
     except ValueError:
         raise InputError(f"--host {host}: give an address such as 127.0.0.1 or 0.0.0.0") from None
     try:
-        with socket.socket(family) as probe:  # sharing would hide that another service is there
+        with socket.socket(family) as probe:  # without SO_REUSEPORT: another service that shares its port is noticed
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        held = shared_socket(host, port)
+        reserved = shared_socket(host, port)
     except OSError as error:
         raise InputError(
             f"--host {host} --port {port}: {(error.strerror or 'refused').lower()}; choose another"
         ) from error
-    with held:
+    with reserved:
         yield

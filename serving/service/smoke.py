@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -16,21 +15,21 @@ from torch import Tensor
 
 from models.package import HEALTH_CAPTIONS, load_tensors
 from serving.config import ServingConfig
+from serving.gateway.port import free_port
 from serving.http.auth import VARIABLE
 from serving.service.run import running
 
 
 def served_vectors(package: Path) -> tuple[Tensor, Tensor]:
-    """Vectors (pictures, D) and (captions, D) that a service of `package` gives over HTTP for its health inputs.
+    """Vectors (images, D) and (captions, D) that a service of `package` gives over HTTP for its health inputs.
 
-    The service is started for it on a free port of loopback, and ended. Raises InputError where it does not start.
+    A service is started on a free port of loopback, and ended. Raises InputError where it does not start.
     """
-    config = ServingConfig(model=str(package), port=_free_port(), gateways=1)
+    config = ServingConfig(model=str(package), port=free_port(), gateways=1)
     pixels = load_tensors(package / "health.safetensors")["pixels"].numpy()
-    pictures = [_data_url(one) for one in pixels]
     with running(config) as url:
         texts = _embed(url, {"input": list(HEALTH_CAPTIONS), "modality": "text"})
-        images = _embed(url, {"input": pictures, "modality": "image"})
+        images = _embed(url, {"input": [_data_url(image) for image in pixels], "modality": "image"})
     return images, texts
 
 
@@ -46,13 +45,7 @@ def _embed(url: str, body: dict[str, Any]) -> Tensor:
 
 
 def _data_url(pixels: np.ndarray) -> str:
-    """A picture that decodes to exactly these pixels."""
+    """An image that decodes to exactly these pixels."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

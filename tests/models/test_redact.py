@@ -23,9 +23,9 @@ from pipelines.data import reader
 from pipelines.data.manifest import Unit
 from pipelines.lineage import ROOT
 from pipelines.train.fit import _why
-from serving.control.controller import Versions
-from serving.gateway.rollout import Orders, Rollout
-from serving.model_source import Wanted
+from serving.control.controller import VersionController
+from serving.gateway.rollout import DesiredState, Rollout
+from serving.model_source import VersionSpec
 from serving.replicas.searcher import Searcher
 from tests.support.comparison_cases import BASE, item, sweep
 from tuning.compare.collect import _unique
@@ -231,11 +231,11 @@ def test_a_service_tells_no_secret(url):
     assert clean(searcher.about()["uri"])
 
     async def alarmed():
-        versions = Versions.__new__(Versions)
-        versions._rollout, versions._changed = Rollout(), asyncio.Event()
-        versions._rollout.orders = Orders({"a": Wanted(url, "shapes", "1", "", "")}, "a")
-        versions._alarm(f"RuntimeError: {url} is away")
-        return versions.state()
+        controller = VersionController.__new__(VersionController)
+        controller._rollout, controller._changed = Rollout(), asyncio.Event()
+        controller._rollout.desired = DesiredState({"a": VersionSpec(url, "shapes", "1", "", "")}, "a")
+        controller._alarm(f"RuntimeError: {url} is away")
+        return controller.state()
 
     state = asyncio.run(alarmed())
     assert clean(state["alarm"]) and clean(state["current"])

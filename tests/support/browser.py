@@ -1,4 +1,4 @@
-"""Fixtures for tests of the page: a browser, a door with a stand-in behind it, and tabs that watch themselves."""
+"""Fixtures for tests of the page: a browser, an HTTP app over stand-in versions, and tabs that record what they do."""
 
 import base64
 import json
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.http.app import Door
+from serving.http.app import HttpApp
 from serving.http.auth import Keys
-from tests.support.stand_in import StandInDesk, StandInSet, listening, make_corpus
+from tests.support.stand_in import StandInPool, StandInVersion, listening, make_corpus
 
 try:
     from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -38,9 +38,9 @@ def chromium() -> str:
 
 
 @contextmanager
-def door(desk: StandInDesk, keys: Keys | None = None) -> Iterator[str]:
-    """Address of a door that is open while the block runs."""
-    with listening(Door(desk, keys=keys)) as address:
+def page_server(pool: StandInPool, keys: Keys | None = None) -> Iterator[str]:
+    """Address of an HTTP app that listens while the context lasts."""
+    with listening(HttpApp(pool, keys=keys)) as address:
         yield address + "/"
 
 
@@ -78,7 +78,7 @@ class Visit:
         return list(self.page.locator(".hit").evaluate_all("(all) => all.map((one) => one.title)"))
 
     def watch(self) -> None:
-        """From now on write down what it does."""
+        """Record from now on what the tab does."""
         self.page.on("request", self._request)
         self.page.on("console", self._console)
         self.page.on("pageerror", self._error)
@@ -126,14 +126,14 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def page_desk() -> StandInDesk:
+def page_pool() -> StandInPool:
     """Two versions: 3 is current and has a fusion encoder, 2 has none."""
-    return StandInDesk(StandInSet("2", matching=False), StandInSet("3"))
+    return StandInPool(StandInVersion("2", matching=False), StandInVersion("3"))
 
 
 @pytest.fixture(scope="module")
-def page_address(page_desk: StandInDesk) -> Iterator[str]:
-    with door(page_desk) as address:
+def page_address(page_pool: StandInPool) -> Iterator[str]:
+    with page_server(page_pool) as address:
         yield address
 
 
@@ -155,7 +155,7 @@ def usual_page(browser: Browser) -> Page:
 
 @pytest.fixture
 def tab(browser: Browser, usual_page: Page, page_address: str) -> Iterator[Open]:
-    """`tab(path="", at=..., **options)` opens a page; that it kept the rules is looked at when the test is over."""
+    """`tab(path="", at=..., **options)` opens a page; its requests and errors are checked after the test."""
     visits: list[Visit] = []
 
     def open_tab(path: str = "", at: str = page_address, **options: Any) -> Visit:
@@ -212,5 +212,5 @@ def answered(visit: Visit) -> None:
     visit.page.locator("body:not(.busy) .hit").first.wait_for()
 
 
-FIXTURES = (browser, page_desk, page_address, usual_page, tab)
+FIXTURES = (browser, page_pool, page_address, usual_page, tab)
 """For test modules to take over."""

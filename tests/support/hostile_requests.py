@@ -1,4 +1,4 @@
-"""Bodies that wish the service ill, made from a seed: pictures, JSON, forms, and ways to send them."""
+"""Hostile bodies, made from a seed: images, JSON, forms, and ways to send them."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from PIL import Image, features
 from tests.support.stand_in import Messages, arriving, as_file, drawing
 
 LIMIT = 2**20
-"""Bytes that the door under test takes."""
+"""Bytes that the HTTP app under test takes."""
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF") + (("AVIF",) if features.check("avif") else ())
 Random = np.random.Generator
 
@@ -43,7 +43,7 @@ def _png(width: int, height: int, *chunks: tuple[bytes, bytes], rows: bytes = b"
 
 
 def _resized(kind: str) -> bytes:
-    """A small picture whose header claims a giant one."""
+    """A small image whose header claims a giant one."""
     data = bytearray(as_file(drawing("red", "square"), kind))
     if kind == "JPEG":
         at = data.index(b"\xff\xc0") + 5
@@ -80,18 +80,18 @@ def _bomb(random: Random) -> bytes:
     return _bombs()[random.integers(len(_bombs()))]
 
 
-def _picture(random: Random) -> bytes:
+def _image(random: Random) -> bytes:
     pixels = random.integers(0, 256, (random.integers(1, 60), random.integers(1, 60), 3), dtype=np.uint8)
     return as_file(Image.fromarray(pixels), str(random.choice(FORMATS)))
 
 
 def _truncated(random: Random) -> bytes:
-    data = _picture(random)
+    data = _image(random)
     return data[: random.integers(len(data))]
 
 
 def _garbled(random: Random) -> bytes:
-    data = bytearray(_picture(random))
+    data = bytearray(_image(random))
     for _ in range(random.integers(1, 30)):
         data[random.integers(len(data))] = random.integers(256)
     return bytes(data)
@@ -104,11 +104,11 @@ def _polyglot(random: Random) -> bytes:
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n(/etc/passwd) (r) file\n"
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
     choices = [
-        _picture(random) + archive.getvalue(),
+        _image(random) + archive.getvalue(),
         b"GIF89a/*" + b"\0" * 20 + b"*/=1;alert(1)",
-        b"%PDF-1.4\n" + _picture(random),
+        b"%PDF-1.4\n" + _image(random),
         script,
-        script + _picture(random),
+        script + _image(random),
         svg,
         b"P6\n99999999 99999999\n255\n",
         b"P6 4 4 255\n" + bytes(5),

@@ -62,7 +62,7 @@ def save_index(folder: Path, package: Package, captions: Sequence[str], pixels: 
         "id": pa.array([f"id{row}" for row in range(len(captions))]),
         "image_id": pa.array(np.arange(len(captions), dtype=np.int64)),
         "caption": pa.array(list(captions)),
-        "uri": pa.array([f"/pictures/{row}.png" for row in range(len(captions))]),
+        "uri": pa.array([f"/images/{row}.png" for row in range(len(captions))]),
         "thumbnail": pa.array([png(one) for one in pixels]),
     }
     for name, rows in sides.items():

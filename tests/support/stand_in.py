@@ -1,6 +1,6 @@
-"""A stand-in for what is behind the door: no model, no Ray; every answer follows from the input alone.
+"""A stand-in for the model versions behind the HTTP app: no model, no Ray; every answer follows from the input alone.
 
-Pictures and texts meet in colour: the word "red" and a red picture have nearly the same vector.
+Images and texts meet in colour: the word "red" and a red image have nearly the same vector.
 """
 
 import asyncio
@@ -21,7 +21,16 @@ import uvicorn
 from PIL import Image, ImageDraw
 
 from models.preprocess import clean_caption, resize_for_eval
-from serving.interfaces import Description, Hit, IndexDescription, Overloaded, Picture, Target
+from serving.interfaces import (
+    Description,
+    Hit,
+    ImageOrUri,
+    IndexDescription,
+    Modality,
+    NotReady,
+    Overloaded,
+    VersionNotLoaded,
+)
 
 SIZE = 32
 DIMENSIONS = 16
@@ -67,7 +76,7 @@ def image_vector(pixels: np.ndarray) -> np.ndarray:
 
 
 def match_probability(caption: str, pixels: np.ndarray) -> float:
-    """What the stand-in's fusion encoder says of a clean caption and a picture."""
+    """What the stand-in's fusion encoder says of a clean caption and an image."""
     return float(1 / (1 + np.exp(-4 * float(text_vector(caption) @ image_vector(pixels)))))
 
 
@@ -85,7 +94,7 @@ def drawing(colour: str, shape: str, side: int = 96) -> Image.Image:
 
 
 def as_file(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    """The picture's bytes in a file format."""
+    """The image's bytes in a file format."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -96,19 +105,19 @@ BLUE = as_file(drawing("blue", "square"), "PNG")
 
 
 def data_url(data: bytes) -> str:
-    """A picture as it is sent."""
+    """An image as it is sent."""
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 @dataclass
 class Corpus:
-    """The rows of the stand-in's index: every colour in every shape, a row without thumbnail, one without picture."""
+    """The rows of the stand-in's index: every colour in every shape, a row without thumbnail, one without image."""
 
     hits: list[Hit] = field(default_factory=list)
     pixels: dict[str, np.ndarray] = field(default_factory=dict)
     """By uri: uint8 (S, S, 3)."""
-    vectors: dict[Target, np.ndarray] = field(default_factory=dict)
-    """By side: float32 (rows, D)."""
+    vectors: dict[Modality, np.ndarray] = field(default_factory=dict)
+    """By modality: float32 (rows, D)."""
 
 
 def make_corpus() -> Corpus:
@@ -116,9 +125,9 @@ def make_corpus() -> Corpus:
     corpus = Corpus()
     images, texts = [], []
     for number, (colour, shape) in enumerate((colour, shape) for colour in COLOURS for shape in SHAPES):
-        picture, caption, uri = drawing(colour, shape), f"A {colour} {shape}.", f"memory://pictures/{number}.jpg"
-        pixels = resize_for_eval(picture, SIZE)
-        thumbnail = as_file(picture) if number else b""
+        image, caption, uri = drawing(colour, shape), f"A {colour} {shape}.", f"memory://images/{number}.jpg"
+        pixels = resize_for_eval(image, SIZE)
+        thumbnail = as_file(image) if number else b""
         corpus.hits.append(Hit(f"{colour}-{shape}", 0.0, caption, uri, thumbnail))
         corpus.pixels[uri] = pixels
         images.append(image_vector(pixels))
@@ -128,8 +137,8 @@ def make_corpus() -> Corpus:
     return corpus
 
 
-class StandInSet:
-    """A ModelSet. What a test may set: `delay`, `failure`, `places`; what it may read: `calls`, `held`."""
+class StandInVersion:
+    """A ModelVersion. What a test may set: `delay`, `failure`, `capacity`; what it may read: `calls`, `admitted`."""
 
     def __init__(self, version: str = "3", matching: bool = True, index: bool = True, name: str = "shapes") -> None:
         self._corpus = make_corpus() if index else None
@@ -149,12 +158,12 @@ class StandInSet:
         """Seconds that every call takes."""
         self.failure: Exception | None = None
         """Raised by every call."""
-        self.places = 10_000
-        """Inputs that may be under way at once."""
-        self.held = 0
-        """Inputs under way."""
+        self.capacity = 10_000
+        """Inputs that may be in progress at once."""
+        self.admitted = 0
+        """Inputs in progress."""
         self.calls: list[tuple[str, int]] = []
-        """(kind, items) of each call so far."""
+        """(modality, or search, or match; items) of each call so far."""
 
     @property
     def description(self) -> Description:
@@ -162,13 +171,13 @@ class StandInSet:
 
     @contextmanager
     def admit(self, texts: int, images: int) -> Iterator[None]:
-        if self.held + texts + images > self.places:
+        if self.admitted + texts + images > self.capacity:
             raise Overloaded(1.5)
-        self.held += texts + images
+        self.admitted += texts + images
         try:
             yield
         finally:
-            self.held -= texts + images
+            self.admitted -= texts + images
 
     async def _call(self, kind: str, items: int) -> None:
         self.calls.append((kind, items))
@@ -183,38 +192,38 @@ class StandInSet:
 
     async def embed_images(self, pixels: np.ndarray) -> np.ndarray:
         await self._call("image", len(pixels))
-        return np.stack([image_vector(picture) for picture in pixels])
+        return np.stack([image_vector(image) for image in pixels])
 
-    async def search(self, query: np.ndarray, target: Target, top_k: int) -> list[Hit]:
+    async def search(self, query: np.ndarray, modality: Modality, top_k: int) -> list[Hit]:
         await self._call("search", 1)
         assert self._corpus is not None
-        scores = self._corpus.vectors[target] @ query
+        scores = self._corpus.vectors[modality] @ query
         order = np.argsort(-scores, kind="stable")[:top_k]
         return [replace(self._corpus.hits[row], score=float(scores[row])) for row in order]
 
-    async def vector_of(self, id: str, side: Target) -> np.ndarray | None:
+    async def vector_of(self, row_id: str, modality: Modality) -> np.ndarray | None:
         assert self._corpus is not None
         for row, hit in enumerate(self._corpus.hits):
-            if hit.id == id:
-                return self._corpus.vectors[side][row]
+            if hit.id == row_id:
+                return self._corpus.vectors[modality][row]
         return None
 
-    async def match(self, pairs: Sequence[tuple[str, Picture]]) -> list[float | None]:
+    async def match(self, pairs: Sequence[tuple[str, ImageOrUri]]) -> list[float | None]:
         await self._call("match", len(pairs))
         pixels = self._corpus.pixels if self._corpus else {}
-        pictures = [pixels.get(picture) if isinstance(picture, str) else picture for _, picture in pairs]
+        images = [pixels.get(image) if isinstance(image, str) else image for _, image in pairs]
         return [
-            None if picture is None else match_probability(text, picture)
-            for (text, _), picture in zip(pairs, pictures, strict=True)
+            None if image is None else match_probability(text, image)
+            for (text, _), image in zip(pairs, images, strict=True)
         ]
 
 
-class StandInDesk:
-    """A Desk over stand-in sets; the last one is current until `current` is set."""
+class StandInPool:
+    """A VersionPool of stand-in versions; the last one is current until `current` is set."""
 
-    def __init__(self, *sets: StandInSet) -> None:
-        self.sets = {one.description.label: one for one in sets or (StandInSet(),)}
-        self.current: str | None = next(reversed(self.sets))
+    def __init__(self, *loaded: StandInVersion) -> None:
+        self.loaded = {one.description.label: one for one in loaded or (StandInVersion(),)}
+        self.current: str | None = next(reversed(self.loaded))
         """Label of the current version; None: nothing is loaded yet."""
         self.alarm = ""
         self.used: list[str] = []
@@ -225,21 +234,23 @@ class StandInDesk:
         return self.current is not None
 
     @property
-    def set(self) -> StandInSet:
-        """The current set."""
+    def model(self) -> StandInVersion:
+        """The current version."""
         assert self.current is not None
-        return self.sets[self.current]
+        return self.loaded[self.current]
 
     def versions(self) -> list[tuple[Description, bool]]:
         if self.current is None:
             return []
-        return [(one.description, label == self.current) for label, one in self.sets.items()]
+        return [(one.description, label == self.current) for label, one in self.loaded.items()]
 
     @contextmanager
-    def use(self, version: str | None = None) -> Iterator[StandInSet]:
+    def use(self, label: str | None = None) -> Iterator[StandInVersion]:
         if self.current is None:
-            raise Overloaded(5.0)
-        one = self.sets[version or self.current]
+            raise NotReady
+        if (label or self.current) not in self.loaded:
+            raise VersionNotLoaded
+        one = self.loaded[label or self.current]
         self.used.append(one.description.label)
         yield one
 
@@ -318,9 +329,9 @@ def one(app: Any, path: str, content: Any = b"", **options: Any) -> Answer:
     return asyncio.run(ask(app, path, content, **options))
 
 
-def seen(picture: bytes) -> np.ndarray:
-    """What the encoder gets of a picture's file."""
-    return resize_for_eval(Image.open(io.BytesIO(picture)), SIZE)
+def seen(image: bytes) -> np.ndarray:
+    """What the encoder gets of an image's file."""
+    return resize_for_eval(Image.open(io.BytesIO(image)), SIZE)
 
 
 @contextmanager

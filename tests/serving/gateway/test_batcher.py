@@ -1,4 +1,4 @@
-"""Requests gathered into batches: each gets its own back, in order, and who would wait too long is told at once."""
+"""Requests gathered into batches: each gets its own vectors, in order; one that would wait too long is refused."""
 
 import asyncio
 import random
@@ -46,7 +46,7 @@ def test_a_thousand_mixed_requests_each_get_their_own_in_order():
 
         assert all(await asyncio.gather(*(ask(1000 * number) for number in range(1000))))
         assert max(encode.sizes) == 16 and encode.most == 3
-        assert batcher.held == 0
+        assert batcher.admitted == 0
 
     asyncio.run(run())
 
@@ -66,7 +66,7 @@ def test_an_idle_encoder_is_called_at_once_and_a_busy_one_with_full_batches():
     asyncio.run(run())
 
 
-def test_who_lingers_is_sent_when_the_time_is_over():
+def test_rows_that_linger_are_encoded_when_the_time_is_over():
     async def run():
         encode = Doubler()
         encode.gate.clear()
@@ -95,7 +95,7 @@ def test_a_client_that_has_gone_is_not_encoded():
         encode.gate.set()
         results = await asyncio.gather(*asked, return_exceptions=True)
         assert isinstance(results[2], asyncio.CancelledError)
-        assert [float(results[place][0, 0]) for place in (0, 1, 3)] == [0, 2, 6]
+        assert [float(results[number][0, 0]) for number in (0, 1, 3)] == [0, 2, 6]
         assert encode.sizes == [1, 2]
 
     asyncio.run(run())
@@ -116,7 +116,7 @@ def test_an_encoder_that_fails_fails_its_own_batch_only():
     asyncio.run(run())
 
 
-def test_no_more_is_held_than_can_be_done_within_the_share_of_the_deadline():
+def test_no_more_is_admitted_than_can_be_done_within_the_share_of_the_deadline():
     async def run():
         encode = Doubler(0.02)
         batcher = Batcher(encode, BatchConfig(max_items=2, inflight=1, queue_share=0.5), 1.0)
@@ -137,18 +137,18 @@ def test_no_more_is_held_than_can_be_done_within_the_share_of_the_deadline():
         await asyncio.gather(*(ask(number) for number in range(200)))
         assert 25 <= admitted <= 50 and admitted + len(refused) == 200
         assert all(seconds >= 1 for seconds in refused)
-        assert batcher.held == 0
+        assert batcher.admitted == 0
         with batcher.admit(1000):  # an idle service takes a request of any size
             pass
 
     asyncio.run(run())
 
 
-def test_places_are_given_back_whatever_happens():
+def test_capacity_is_given_back_whatever_happens():
     batcher = Batcher(Doubler(), BatchConfig(max_items=1, max_queue=1), 30)
     with pytest.raises(KeyError), batcher.admit(5):
         raise KeyError
-    assert batcher.held == 0
+    assert batcher.admitted == 0
 
 
 def test_the_rate_is_rows_over_seconds_and_follows_a_change():

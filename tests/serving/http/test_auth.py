@@ -18,7 +18,7 @@ def test_environment_and_file_are_both_read(tmp_path: Path) -> None:
     file.write_text(f"# who may ask\n\n  shop:{TWO}  \n{THREE}\n")
     found = read_keys(str(file), {VARIABLE: f"batch:{ONE}"})
     assert len(found) == 3
-    assert [found.who(bearer(key)) for key in (ONE, TWO, THREE, "x" * 20)] == ["batch", "shop", "key-3", None]
+    assert [found.label_of(bearer(key)) for key in (ONE, TWO, THREE, "x" * 20)] == ["batch", "shop", "key-3", None]
     assert not read_keys("", {})
 
 
@@ -26,12 +26,12 @@ def test_environment_and_file_are_both_read(tmp_path: Path) -> None:
     "header", [b"", b"Bearer", b"Bearer ", ONE.encode(), b"Basic " + ONE.encode(), bearer(ONE[:-1]), bearer(ONE + "x")]
 )
 def test_anything_but_the_whole_key_is_nobodys(header: bytes) -> None:
-    assert Keys({"shop": ONE}).who(header) is None
+    assert Keys({"shop": ONE}).label_of(header) is None
 
 
 def test_the_scheme_may_be_written_in_any_case_and_bytes_may_be_any() -> None:
-    assert Keys({"shop": ONE}).who(b"bearer  " + ONE.encode()) == "shop"
-    assert Keys({"shop": ONE}).who(b"Bearer \xff\x00") is None
+    assert Keys({"shop": ONE}).label_of(b"bearer  " + ONE.encode()) == "shop"
+    assert Keys({"shop": ONE}).label_of(b"Bearer \xff\x00") is None
 
 
 def test_every_key_is_compared_even_after_a_match(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +42,7 @@ def test_every_key_is_compared_even_after_a_match(monkeypatch: pytest.MonkeyPatc
         return one == other
 
     monkeypatch.setattr(auth.hmac, "compare_digest", compare)
-    assert Keys({"a": ONE, "b": TWO, "c": THREE}).who(bearer(ONE)) == "a"
+    assert Keys({"a": ONE, "b": TWO, "c": THREE}).label_of(bearer(ONE)) == "a"
     assert len(compared) == 3 and {len(one) for pair in compared for one in pair} == {32}
 
 

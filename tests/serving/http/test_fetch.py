@@ -1,4 +1,4 @@
-"""Pictures by URL, against a server on loopback that a resolver of the test's own calls public."""
+"""Images by URL, against a server on loopback that a resolver of the test's own calls public."""
 
 import asyncio
 import base64
@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from models.preprocess import resize_for_eval
-from serving.config import DoorConfig
-from serving.http.app import Door
-from serving.http.fetch import Fetcher, Unfetched, is_public
-from serving.http.responses import Refusal
-from tests.support.stand_in import StandInDesk, as_file, ask, drawing, image_vector
+from serving.config import HttpConfig
+from serving.http.app import HttpApp
+from serving.http.fetch import Fetcher, FetchError, is_public
+from serving.http.responses import ApiError
+from tests.support.stand_in import StandInPool, as_file, ask, drawing, image_vector
 
 PICTURE = as_file(drawing("red", "circle"), "PNG")
 HOST = "images.test"
@@ -97,7 +97,7 @@ def resolve(host: str, port: int) -> list[str]:
 def fetcher(port: int, seconds: float = 5, *more: str) -> Fetcher:
     """Trusts some hosts at `port`; to it 127.0.0.1 is outside."""
     hosts = (f"{HOST}:{port}", f"two.test:{port}", f"inner.test:{port}", f"gone.test:{port}", *more)
-    config = DoorConfig(url_images=hosts, url_seconds=seconds, max_image_mib=4096 / 2**20)
+    config = HttpConfig(url_images=hosts, url_seconds=seconds, max_image_mib=4096 / 2**20)
     return Fetcher(config, resolve, lambda address: address == "127.0.0.1")
 
 
@@ -106,7 +106,7 @@ def hop(url: str) -> str:
     return "/to/" + base64.urlsafe_b64encode(url.encode()).decode()
 
 
-def test_a_picture_is_fetched_and_redirects_are_followed(port: int) -> None:
+def test_an_image_is_fetched_and_redirects_are_followed(port: int) -> None:
     Host.asked.clear()
     own = fetcher(port)
     assert own.fetch(f"http://{HOST}:{port}/a.png?b=1") == PICTURE
@@ -143,16 +143,16 @@ def test_a_picture_is_fetched_and_redirects_are_followed(port: int) -> None:
 )
 def test_what_may_not_or_cannot_be_fetched(port: int, url: str, says: str) -> None:
     own, url = fetcher(port), url.format(port=port)
-    with pytest.raises(Unfetched, match=says):
+    with pytest.raises(FetchError, match=says):
         own.fetch(url)
     if "not fetched from" in says or "public" in says or "only http" in says:
-        with pytest.raises(Unfetched, match=says):
+        with pytest.raises(FetchError, match=says):
             own.fetch(f"http://{HOST}:{port}{hop(url)}")
 
 
 def test_three_redirects_and_no_more(port: int) -> None:
     Host.asked.clear()
-    with pytest.raises(Unfetched, match="more than 3 redirects"):
+    with pytest.raises(FetchError, match="more than 3 redirects"):
         fetcher(port).fetch(f"http://{HOST}:{port}/round")
     assert len(Host.asked) == 4
     url = f"http://{HOST}:{port}/a.png"
@@ -164,26 +164,26 @@ def test_three_redirects_and_no_more(port: int) -> None:
 @pytest.mark.parametrize("path", ["/drip", "/head-drip"])
 def test_a_host_that_drips_is_cut_off_in_time(port: int, path: str) -> None:
     start = time.monotonic()
-    with pytest.raises(Unfetched):
+    with pytest.raises(FetchError):
         fetcher(port, 0.3).fetch(f"http://{HOST}:{port}{path}")
     assert time.monotonic() - start < 2
 
 
 def test_a_star_stands_for_names_below_and_not_for_the_name_itself(port: int) -> None:
-    config = DoorConfig(url_images=(f"*.images.test:{port}",), max_image_mib=1)
+    config = HttpConfig(url_images=(f"*.images.test:{port}",), max_image_mib=1)
     own = Fetcher(config, resolve, lambda address: True)
     assert own.fetch(f"http://cdn.images.test:{port}/a.png") == PICTURE
     for host in (HOST, "ximages.test"):
-        with pytest.raises(Unfetched, match="not fetched from that host"):
+        with pytest.raises(FetchError, match="not fetched from that host"):
             own.fetch(f"http://{host}:{port}/a.png")
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(port: int) -> None:
     answers = iter([["127.0.0.1"], ["10.0.0.1"]])
-    config = DoorConfig(url_images=(f"{HOST}:{port}",))
+    config = HttpConfig(url_images=(f"{HOST}:{port}",))
     own = Fetcher(config, lambda host, port: next(answers), lambda address: address == "127.0.0.1")
     assert own.fetch(f"http://{HOST}:{port}/a.png") == PICTURE
-    with pytest.raises(Unfetched, match="not a public one"):  # resolved once a hop, and never by the connection
+    with pytest.raises(FetchError, match="not a public one"):  # resolved once a hop, and never by the connection
         own.fetch(f"http://{HOST}:{port}/a.png")
 
 
@@ -229,20 +229,20 @@ def test_the_environments_proxies_are_not_asked(port: int, monkeypatch: pytest.M
 def test_nothing_is_fetched_where_no_host_is_named(port: int) -> None:
     Host.asked.clear()
     url = f"http://{HOST}:{port}/a.png"
-    own = Fetcher(DoorConfig(), resolve, lambda address: True)
-    with pytest.raises(Refusal, match="data:image/jpeg;base64") as raised:
+    own = Fetcher(HttpConfig(), resolve, lambda address: True)
+    with pytest.raises(ApiError, match="data:image/jpeg;base64") as raised:
         asyncio.run(own.replace([("input[0]", b"bytes"), ("input[1]", url)]))
     assert (raised.value.status, raised.value.code, raised.value.param) == (400, "url_not_allowed", "input[1]")
     assert Host.asked == []
 
 
-def test_through_the_door_urls_are_pictures_where_a_picture_is_expected(port: int) -> None:
-    door = Door(StandInDesk(), fetcher=fetcher(port))
+def test_in_requests_urls_are_images_where_an_image_is_expected(port: int) -> None:
+    app = HttpApp(StandInPool(), fetcher=fetcher(port))
     url = f"http://{HOST}:{port}/a.png"
     expected = image_vector(resize_for_eval(drawing("red", "circle"), 32))
 
     def vectors(**body: Any) -> np.ndarray:
-        reply = asyncio.run(ask(door, "/v1/embeddings", body)).json
+        reply = asyncio.run(ask(app, "/v1/embeddings", body)).json
         return np.array([row["embedding"] for row in reply["data"]], np.float32)
 
     np.testing.assert_array_equal(vectors(input=[url, url], modality="image"), [expected, expected])
@@ -250,5 +250,5 @@ def test_through_the_door_urls_are_pictures_where_a_picture_is_expected(port: in
     np.testing.assert_array_equal(vectors(messages=[{"role": "user", "content": [part]}]), [expected])
     assert vectors(input=url) @ expected < 0.9  # auto: a text
     missing = {"input": f"http://{HOST}:{port}/missing", "modality": "image"}
-    reply = asyncio.run(ask(door, "/v1/embeddings", missing))
+    reply = asyncio.run(ask(app, "/v1/embeddings", missing))
     assert (reply.status, reply.json["error"]["code"]) == (400, "image_fetch_failed")

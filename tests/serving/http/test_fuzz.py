@@ -15,8 +15,8 @@ from schemathesis.config import (
 from schemathesis.openapi.loaders import from_asgi
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
-from serving.http.app import Door
-from tests.support.stand_in import StandInDesk, StandInSet
+from serving.http.app import HttpApp
+from tests.support.stand_in import StandInPool, StandInVersion
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 OPERATIONS = (
@@ -34,11 +34,11 @@ QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too
 
 @pytest.fixture(scope="module")
 def document() -> OpenApiSchema:
-    """The service's own document; a text or a picture of the right form may still be refused with 400 or 413."""
+    """The service's own document; a text or an image of the right form may still be refused with 400 or 413."""
     accepted = PositiveDataAcceptanceConfig(expected_statuses=["2xx", "400", "404", "413"])
     project = ProjectConfig(checks=ChecksConfig(positive_data_acceptance=accepted))
     config = SchemathesisConfig(projects=ProjectsConfig(default=project))
-    return from_asgi("/openapi.json", Door(StandInDesk(StandInSet())), config=config)
+    return from_asgi("/openapi.json", HttpApp(StandInPool(StandInVersion())), config=config)
 
 
 def check(document: OpenApiSchema, path: str, method: str, examples: int, same: bool) -> None:

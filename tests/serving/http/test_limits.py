@@ -1,4 +1,4 @@
-"""What the door bears: full, late, slow, broken, clients that hang up; then a real listener and the openai client."""
+"""Overload, deadlines, failing replicas, clients that hang up; then a real listener and the openai client."""
 
 import asyncio
 import re
@@ -10,17 +10,17 @@ import numpy as np
 import openai
 import pytest
 
-from serving.config import DoorConfig
-from serving.http.app import Door
+from serving.config import HttpConfig
+from serving.http.app import HttpApp
 from serving.http.auth import Keys
-from serving.interfaces import Broken, Overloaded
+from serving.interfaces import Overloaded, ReplicaUnavailable
 from tests.support.stand_in import (
     COLOURS,
     DIMENSIONS,
     RED,
     Answer,
-    StandInDesk,
-    StandInSet,
+    StandInPool,
+    StandInVersion,
     arriving,
     ask,
     data_url,
@@ -35,160 +35,160 @@ KEY = "a-key-that-is-long-enough"
 
 
 @pytest.fixture
-def desk() -> StandInDesk:
-    return StandInDesk(StandInSet("2"), StandInSet("3"))
+def pool() -> StandInPool:
+    return StandInPool(StandInVersion("2"), StandInVersion("3"))
 
 
 @pytest.fixture
-def door(desk: StandInDesk) -> Door:
-    return Door(desk)
+def app(pool: StandInPool) -> HttpApp:
+    return HttpApp(pool)
 
 
 async def never() -> dict[str, Any]:
     raise AssertionError("the body was read")
 
 
-def test_a_full_gateway_answers_429_before_the_body_is_read(desk: StandInDesk) -> None:
-    door = Door(desk, DoorConfig(max_requests=2))
-    desk.set.delay = 0.2
+def test_a_full_gateway_answers_429_before_the_body_is_read(pool: StandInPool) -> None:
+    app = HttpApp(pool, HttpConfig(max_requests=2))
+    pool.model.delay = 0.2
 
     async def crowd() -> tuple[Answer, float, list[Answer]]:
-        inside = [asyncio.ensure_future(ask(door, "/v1/embeddings", {"input": "red"})) for _ in range(2)]
+        inside = [asyncio.ensure_future(ask(app, "/v1/embeddings", {"input": "red"})) for _ in range(2)]
         await asyncio.sleep(0.02)
         start = time.perf_counter()
-        turned_away = await ask(door, "/v1/search", receive=never)
+        turned_away = await ask(app, "/v1/search", receive=never)
         return turned_away, time.perf_counter() - start, await asyncio.gather(*inside)
 
     reply, seconds, others = asyncio.run(crowd())
     assert (reply.status, reply.json["error"]["code"], reply.headers["retry-after"]) == (429, "overloaded", "1")
     assert reply.json["error"]["type"] == "rate_limit_error" and reply.headers["x-triptych-model"] == "shapes/3"
-    assert seconds < 0.05 and [other.status for other in others] == [200, 200] and door.held == 0
+    assert seconds < 0.05 and [other.status for other in others] == [200, 200] and app.in_progress == 0
 
 
-def test_inputs_without_a_place_are_429_and_never_decoded(door: Door, desk: StandInDesk) -> None:
-    desk.set.places = 2
-    assert one(door, "/v1/embeddings", {"input": ["red", data_url(RED)]}).status == 200
-    reply = one(door, "/v1/embeddings", {"input": ["red", "blue", data_url(b"no picture")]})
+def test_inputs_without_a_place_are_429_and_never_decoded(app: HttpApp, pool: StandInPool) -> None:
+    pool.model.capacity = 2
+    assert one(app, "/v1/embeddings", {"input": ["red", data_url(RED)]}).status == 200
+    reply = one(app, "/v1/embeddings", {"input": ["red", "blue", data_url(b"no image")]})
     assert (reply.status, reply.headers["retry-after"]) == (429, "2")
-    assert desk.set.held == 0
+    assert pool.model.admitted == 0
 
 
-def test_overload_and_failure_inside_a_call_have_their_status(door: Door, desk: StandInDesk, caplog: Any) -> None:
+def test_overload_and_failure_inside_a_call_have_their_status(app: HttpApp, pool: StandInPool, caplog: Any) -> None:
     for failure, status, code in (
         (Overloaded(0.2), 429, "overloaded"),
-        (Broken("actor 17 died"), 503, "unavailable"),
+        (ReplicaUnavailable("actor 17 died"), 503, "unavailable"),
         (RuntimeError("secret /etc/path"), 500, "internal_error"),
         (TimeoutError("inner"), 500, "internal_error"),
         (KeyError("shapes/3"), 500, "internal_error"),
     ):
-        desk.set.failure = failure
+        pool.model.failure = failure
         for path, body in (("/v1/embeddings", {"input": ["red", data_url(RED)]}), ("/v1/search", {"text": "red"})):
             caplog.clear()
-            reply = one(door, path, body, headers={"x-request-id": "id-of-a-test"})
+            reply = one(app, path, body, headers={"x-request-id": "id-of-a-test"})
             assert (reply.status, reply.json["error"]["code"]) == (status, code)
             assert not re.search("secret|actor|Traceback|inner", reply.body.decode())
             errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
             assert any("id-of-a-test" in error for error in errors) == (status >= 500)
-            assert desk.set.held == 0 and door.held == 0
+            assert pool.model.admitted == 0 and app.in_progress == 0
 
 
-def test_past_the_deadline_a_request_is_504_and_gives_its_place_back(desk: StandInDesk) -> None:
-    door = Door(desk, DoorConfig(deadline=0.05))
-    desk.set.delay = 5
+def test_past_the_deadline_a_request_is_504_and_gives_its_place_back(pool: StandInPool) -> None:
+    app = HttpApp(pool, HttpConfig(deadline=0.05))
+    pool.model.delay = 5
     start = time.perf_counter()
-    reply = one(door, "/v1/embeddings", {"input": "red"}, headers={"x-request-timeout-seconds": "60"})
+    reply = one(app, "/v1/embeddings", {"input": "red"}, headers={"x-request-timeout-seconds": "60"})
     assert (reply.status, reply.json["error"]["code"]) == (504, "deadline_exceeded")
-    assert time.perf_counter() - start < 1 and door.held == 0 and desk.set.held == 0
+    assert time.perf_counter() - start < 1 and app.in_progress == 0 and pool.model.admitted == 0
 
 
 @pytest.mark.parametrize("body", [{"input": "red"}, {"input": ["red", data_url(RED)]}])
-def test_who_hangs_up_gives_the_place_back_at_once(door: Door, desk: StandInDesk, body: Any) -> None:
-    desk.set.delay = 5
+def test_who_hangs_up_gives_the_place_back_at_once(app: HttpApp, pool: StandInPool, body: Any) -> None:
+    pool.model.delay = 5
 
     async def leave() -> None:
         import json
 
         chunks = json.dumps(body).encode()
         start = time.perf_counter()
-        answer = await ask(door, "/v1/embeddings", receive=arriving(chunks, gone=0.05))
+        answer = await ask(app, "/v1/embeddings", receive=arriving(chunks, gone=0.05))
         assert answer.status == 0 and time.perf_counter() - start < 1
         task = asyncio.current_task()
-        assert task is not None and task.cancelling() == 0  # a time limit around the door goes on working
+        assert task is not None and task.cancelling() == 0  # a time limit around the HTTP app goes on working
 
     asyncio.run(leave())
-    assert door.held == 0 and desk.set.held == 0
+    assert app.in_progress == 0 and pool.model.admitted == 0
 
 
-def test_who_hangs_up_within_the_body_gives_the_place_back(door: Door) -> None:
+def test_who_hangs_up_within_the_body_gives_the_place_back(app: HttpApp) -> None:
     async def receive() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    assert one(door, "/v1/embeddings", receive=receive).status == 0
-    assert door.held == 0
+    assert one(app, "/v1/embeddings", receive=receive).status == 0
+    assert app.in_progress == 0
 
 
-def test_outer_cancellation_is_passed_on(door: Door, desk: StandInDesk) -> None:
-    desk.set.delay = 5
+def test_outer_cancellation_is_passed_on(app: HttpApp, pool: StandInPool) -> None:
+    pool.model.delay = 5
 
     async def stopped() -> None:
-        task = asyncio.ensure_future(ask(door, "/v1/embeddings", {"input": "red"}))
+        task = asyncio.ensure_future(ask(app, "/v1/embeddings", {"input": "red"}))
         await asyncio.sleep(0.02)
         task.cancel()
         await task
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(stopped())
-    assert door.held == 0
+    assert app.in_progress == 0
 
 
 def test_bodies_have_a_limit_declared_or_not() -> None:
-    door = Door(StandInDesk(), DoorConfig(max_body_mib=1))
-    declared = one(door, "/v1/embeddings", headers={"content-length": str(2**20 + 1)}, receive=never)
-    chunked = one(door, "/v1/embeddings", receive=arriving(*[b" " * 2**18] * 5))
+    app = HttpApp(StandInPool(), HttpConfig(max_body_mib=1))
+    declared = one(app, "/v1/embeddings", headers={"content-length": str(2**20 + 1)}, receive=never)
+    chunked = one(app, "/v1/embeddings", receive=arriving(*[b" " * 2**18] * 5))
     for reply in (declared, chunked):
         assert (reply.status, reply.json["error"]["code"]) == (413, "body_too_large")
     exactly = b'{"input": "red"}'.ljust(2**20)
-    assert one(door, "/v1/embeddings", exactly).status == 200
-    assert one(door, "/v1/embeddings", receive=arriving(exactly[:100], exactly[100:])).status == 200
-    assert one(door, "/v1/embeddings", headers={"content-length": "-5"}, receive=never).status == 400
+    assert one(app, "/v1/embeddings", exactly).status == 200
+    assert one(app, "/v1/embeddings", receive=arriving(exactly[:100], exactly[100:])).status == 200
+    assert one(app, "/v1/embeddings", headers={"content-length": "-5"}, receive=never).status == 400
 
 
-def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(door: Door) -> None:
-    reply = one(door, "/v1/embeddings", b'{"input": [' + b"0," * 600_000 + b"0]}")
+def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(app: HttpApp) -> None:
+    reply = one(app, "/v1/embeddings", b'{"input": [' + b"0," * 600_000 + b"0]}")
     assert (reply.status, reply.json["error"]["code"]) == (413, "too_many_values")
 
 
-def test_bodies_together_have_a_limit(desk: StandInDesk) -> None:
-    door = Door(desk, DoorConfig(max_held_mib=1))
-    desk.set.delay = 0.2
+def test_bodies_together_have_a_limit(pool: StandInPool) -> None:
+    app = HttpApp(pool, HttpConfig(max_held_mib=1))
+    pool.model.delay = 0.2
     big = b'{"input": "red"}'.ljust(700_000)
 
     async def crowd() -> tuple[Answer, Answer, Answer]:
-        inside = asyncio.ensure_future(ask(door, "/v1/embeddings", big))
+        inside = asyncio.ensure_future(ask(app, "/v1/embeddings", big))
         await asyncio.sleep(0.02)
-        declared = await ask(door, "/v1/embeddings", headers={"content-length": "700000"}, receive=never)
-        chunked = await ask(door, "/v1/embeddings", receive=arriving(b" " * 300_000, b" " * 300_000))
+        declared = await ask(app, "/v1/embeddings", headers={"content-length": "700000"}, receive=never)
+        chunked = await ask(app, "/v1/embeddings", receive=arriving(b" " * 300_000, b" " * 300_000))
         return await inside, declared, chunked
 
     inside, declared, chunked = asyncio.run(crowd())
     assert (inside.status, declared.status, chunked.status) == (200, 429, 429)
-    assert one(door, "/v1/embeddings", big).status == 200
+    assert one(app, "/v1/embeddings", big).status == 200
 
 
-def test_a_body_that_comes_too_slowly_is_408(desk: StandInDesk) -> None:
-    door = Door(desk, DoorConfig(body_seconds=0.05))
+def test_a_body_that_comes_too_slowly_is_408(pool: StandInPool) -> None:
+    app = HttpApp(pool, HttpConfig(body_seconds=0.05))
     start = time.perf_counter()
-    reply = one(door, "/v1/embeddings", receive=arriving(*[b" "] * 100, pause=0.02))
+    reply = one(app, "/v1/embeddings", receive=arriving(*[b" "] * 100, pause=0.02))
     assert (reply.status, reply.json["error"]["code"]) == (408, "body_timeout")
-    assert time.perf_counter() - start < 1 and door.held == 0
+    assert time.perf_counter() - start < 1 and app.in_progress == 0
 
 
-def test_a_thousand_requests_at_once_each_get_their_own_answer(door: Door, desk: StandInDesk) -> None:
-    desk.set.delay = 0.01
+def test_a_thousand_requests_at_once_each_get_their_own_answer(app: HttpApp, pool: StandInPool) -> None:
+    pool.model.delay = 0.01
     texts = [f"{colour} number {number}" for number in range(167) for colour in COLOURS][:1000]
 
     async def crowd() -> list[Answer]:
-        return await asyncio.gather(*(ask(door, "/v1/embeddings", {"input": text}) for text in texts))
+        return await asyncio.gather(*(ask(app, "/v1/embeddings", {"input": text}) for text in texts))
 
     for text, answer in zip(texts, asyncio.run(crowd()), strict=True):
         got = np.array(answer.json["data"][0]["embedding"], np.float32)
@@ -197,11 +197,11 @@ def test_a_thousand_requests_at_once_each_get_their_own_answer(door: Door, desk:
 
 @pytest.fixture(scope="module")
 def live() -> Any:
-    """(URL, door, desk) behind a real server that wants a key."""
-    desk = StandInDesk()
-    door = Door(desk, DoorConfig(max_body_mib=1), Keys({"shop": KEY}))
-    with listening(door) as url:
-        yield url, door, desk
+    """(URL, app, pool) behind a real server that wants a key."""
+    pool = StandInPool()
+    app = HttpApp(pool, HttpConfig(max_body_mib=1), Keys({"shop": KEY}))
+    with listening(app) as url:
+        yield url, app, pool
 
 
 def test_the_openai_client_reads_vectors_and_errors(live: Any) -> None:
@@ -229,15 +229,15 @@ def test_the_openai_client_reads_vectors_and_errors(live: Any) -> None:
 
 
 def test_overload_is_the_openai_clients_rate_limit(live: Any) -> None:
-    url, _, desk = live
-    desk.set.places = 0
+    url, _, pool = live
+    pool.model.capacity = 0
     try:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
         with client, pytest.raises(openai.RateLimitError) as raised:
             client.embeddings.create(model="shapes", input="red")
         assert raised.value.response.headers["retry-after"] == "2"
     finally:
-        desk.set.places = 1000
+        pool.model.capacity = 1000
 
 
 def _connect(url: str) -> socket.socket:
@@ -246,8 +246,8 @@ def _connect(url: str) -> socket.socket:
 
 
 def test_a_closed_connection_frees_its_place(live: Any) -> None:
-    url, door, desk = live
-    desk.set.delay = 20
+    url, app, pool = live
+    pool.model.delay = 20
     try:
         with _connect(url) as line:
             body = b'{"input": "red"}'
@@ -255,10 +255,10 @@ def test_a_closed_connection_frees_its_place(live: Any) -> None:
                 b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
                 b"Authorization: Bearer %s\r\nContent-Length: %d\r\n\r\n%s" % (KEY.encode(), len(body), body)
             )
-            _wait(lambda: desk.set.held == 1)
-        _wait(lambda: door.held == 0 and desk.set.held == 0)
+            _wait(lambda: pool.model.admitted == 1)
+        _wait(lambda: app.in_progress == 0 and pool.model.admitted == 0)
     finally:
-        desk.set.delay = 0
+        pool.model.delay = 0
 
 
 def _wait(condition: Any) -> None:

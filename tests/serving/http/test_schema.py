@@ -9,32 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from serving.config import DoorConfig
-from serving.http.app import Door
+from serving.config import HttpConfig
+from serving.http.app import HttpApp
 from serving.http.auth import Keys
-from serving.http.body import Room, parse_json, parse_multipart, read_body
-from serving.http.responses import Refusal
+from serving.http.body import MemoryBudget, parse_json, parse_multipart, read_body
+from serving.http.responses import ApiError
 from serving.http.schema import EmbeddingRequest, SearchRequest
 from serving.interfaces import Overloaded
-from tests.support.stand_in import StandInDesk, StandInSet, arriving, ask
+from tests.support.stand_in import StandInPool, StandInVersion, arriving, ask
 
 HOT = ("/v1/embeddings", "/v1/search", "/v1/rerank")
 REQUESTS = {"/v1/embeddings": "EmbeddingRequest", "/v1/search": "SearchRequest", "/v1/rerank": "RerankRequest"}
 REPLIES = {"/v1/embeddings": "EmbeddingReply", "/v1/search": "SearchReply", "/v1/rerank": "RerankReply"}
 
 
-def read_document(door: Door) -> Any:
-    return asyncio.run(ask(door, "/openapi.json", method="GET")).json
+def read_document(app: HttpApp) -> Any:
+    return asyncio.run(ask(app, "/openapi.json", method="GET")).json
 
 
 @pytest.fixture(scope="module")
-def door() -> Door:
-    return Door(StandInDesk(StandInSet("3")))
+def app() -> HttpApp:
+    return HttpApp(StandInPool(StandInVersion("3")))
 
 
 @pytest.fixture(scope="module")
-def document(door: Door) -> Any:
-    return read_document(door)
+def document(app: HttpApp) -> Any:
+    return read_document(app)
 
 
 def validator(document: Any, name: str) -> Draft202012Validator:
@@ -43,12 +43,12 @@ def validator(document: Any, name: str) -> Draft202012Validator:
 
 
 @pytest.mark.parametrize("path", HOT)
-def test_every_example_is_valid_and_answered_as_documented(door: Door, document: Any, path: str) -> None:
+def test_every_example_is_valid_and_answered_as_documented(app: HttpApp, document: Any, path: str) -> None:
     examples = document["components"]["schemas"][REQUESTS[path]]["examples"]
     assert len(examples) >= 2
     for example in examples:
         validator(document, REQUESTS[path]).validate(example)
-        reply = asyncio.run(ask(door, path, example))
+        reply = asyncio.run(ask(app, path, example))
         assert reply.status == 200
         validator(document, REPLIES[path]).validate(reply.json)
 
@@ -78,8 +78,8 @@ def test_every_field_of_a_request_says_what_it_is_or_is_plain(document: Any) -> 
 
 
 def test_the_document_carries_the_limits_and_the_key() -> None:
-    config = DoorConfig(max_top_k=7, max_documents=8, max_inputs=9)
-    document = read_document(Door(StandInDesk(), config, Keys({"shop": "a-key-that-is-long-enough"})))
+    config = HttpConfig(max_top_k=7, max_documents=8, max_inputs=9)
+    document = read_document(HttpApp(StandInPool(), config, Keys({"shop": "a-key-that-is-long-enough"})))
     schemas = document["components"]["schemas"]
     assert schemas["SearchRequest"]["properties"]["top_k"]["maximum"] == 7
     assert schemas["RerankRequest"]["properties"]["documents"]["maxItems"] == 8
@@ -113,7 +113,7 @@ def test_requests_are_frozen_and_know_their_defaults() -> None:
     ],
 )  # fmt: skip
 def test_complaints_name_the_place_in_the_request(content: Any, param: str) -> None:
-    with pytest.raises(Refusal) as raised:
+    with pytest.raises(ApiError) as raised:
         parse_json(EmbeddingRequest, json.dumps(content).encode(), "application/json")
     assert (raised.value.status, raised.value.param) == (422, param)
     assert raised.value.message.startswith(param)
@@ -121,14 +121,14 @@ def test_complaints_name_the_place_in_the_request(content: Any, param: str) -> N
 
 def test_very_many_unknown_keys_are_not_told_one_by_one() -> None:
     body = json.dumps({f"k{number}": 0 for number in range(5000)}).encode()
-    with pytest.raises(Refusal) as raised:
+    with pytest.raises(ApiError) as raised:
         parse_json(EmbeddingRequest, body, "")
     assert (raised.value.status, raised.value.code) == (422, "schema_mismatch") and len(raised.value.message) < 100
 
 
 def read(body: list[bytes], limit: int, declared: bytes | None = None) -> bytes:
-    with Room(2 * limit).place() as place:
-        return asyncio.run(read_body(arriving(*body), declared, limit, 5, place))
+    with MemoryBudget(2 * limit).reserve() as reservation:
+        return asyncio.run(read_body(arriving(*body), declared, limit, 5, reservation))
 
 
 @settings(deadline=None, max_examples=60)
@@ -138,25 +138,25 @@ def test_a_body_is_its_chunks_joined_or_refused(chunks: list[bytes], limit: int)
     if len(whole) <= limit:
         assert read(chunks, limit) == whole
     else:
-        with pytest.raises(Refusal) as raised:
+        with pytest.raises(ApiError) as raised:
             read(chunks, limit)
         assert raised.value.status == 413
 
 
-def test_room_is_given_back_and_one_request_alone_always_has_some() -> None:
-    room = Room(10)
-    with room.place() as first:
+def test_memory_is_given_back_and_a_request_alone_is_always_admitted() -> None:
+    budget = MemoryBudget(10)
+    with budget.reserve() as first:
         first.grow(100)
         first.grow(50)
-        assert room.held == 100
-        with room.place() as second, pytest.raises(Overloaded):
+        assert budget.used == 100
+        with budget.reserve() as second, pytest.raises(Overloaded):
             second.grow(1)
-        assert room.held == 100
-    assert room.held == 0
-    with pytest.raises(RuntimeError), room.place() as third:
+        assert budget.used == 100
+    assert budget.used == 0
+    with pytest.raises(RuntimeError), budget.reserve() as third:
         third.grow(5)
         raise RuntimeError
-    assert room.held == 0
+    assert budget.used == 0
 
 
 NAMES = st.text("abcdefgh_", min_size=1, max_size=8)
@@ -177,7 +177,7 @@ def test_any_bytes_are_a_form_or_refused(body: bytes, boundary: str) -> None:
         for kind in (f"multipart/form-data; boundary={boundary}", "multipart/form-data; boundary=a"):
             try:
                 fields = parse_multipart(content, kind)
-            except Refusal as refusal:
-                assert refusal.status == 422
+            except ApiError as error:
+                assert error.status == 422
             else:
                 assert all(isinstance(name, str) and isinstance(value, bytes) for name, value in fields.items())

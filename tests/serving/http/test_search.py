@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from models.preprocess import clean_caption
-from serving.http.app import Door
+from serving.http.app import HttpApp
 from tests.support.stand_in import (
     BLUE,
     RED,
-    StandInDesk,
-    StandInSet,
+    StandInPool,
+    StandInVersion,
     data_url,
     image_vector,
     make_corpus,
@@ -23,25 +23,25 @@ from tests.support.stand_in import (
 
 
 @pytest.fixture
-def desk() -> StandInDesk:
-    return StandInDesk(StandInSet("2"), StandInSet("3"))
+def pool() -> StandInPool:
+    return StandInPool(StandInVersion("2"), StandInVersion("3"))
 
 
 @pytest.fixture
-def door(desk: StandInDesk) -> Door:
-    return Door(desk)
+def app(pool: StandInPool) -> HttpApp:
+    return HttpApp(pool)
 
 
 @pytest.mark.parametrize("target", ["image", "text"])
 @pytest.mark.parametrize("query", ["text", "image", "id"])
-def test_hits_are_the_nearest_rows(door: Door, query: str, target: Any) -> None:
+def test_hits_are_the_nearest_rows(app: HttpApp, query: str, target: Any) -> None:
     corpus = make_corpus()
     body, vector = {
         "text": ({"text": "A green square"}, text_vector("a green square")),
         "image": ({"image": data_url(BLUE)}, image_vector(seen(BLUE))),
         "id": ({"id": "red-square", "side": "text"}, corpus.vectors["text"][1]),
     }[query]
-    reply = one(door, "/v1/search", body | {"target": target, "top_k": 7}).json
+    reply = one(app, "/v1/search", body | {"target": target, "top_k": 7}).json
     cosines = [float(vector @ row) for row in corpus.vectors[target]]
     order = sorted(range(len(cosines)), key=lambda row: -cosines[row])[:7]
     assert [hit["id"] for hit in reply["data"]] == [corpus.hits[row].id for row in order]
@@ -50,9 +50,9 @@ def test_hits_are_the_nearest_rows(door: Door, query: str, target: Any) -> None:
     assert reply["model"] == "shapes" and reply["embedding_space"] == "space-of-shapes-3" and reply["object"] == "list"
 
 
-def test_a_hit_carries_its_thumbnail_or_none(door: Door) -> None:
+def test_a_hit_carries_its_thumbnail_or_none(app: HttpApp) -> None:
     corpus = make_corpus()
-    reply = one(door, "/v1/search", {"text": "red", "top_k": 18}).json["data"]
+    reply = one(app, "/v1/search", {"text": "red", "top_k": 18}).json["data"]
     assert {tuple(hit) for hit in reply} == {("object", "index", "id", "score", "caption", "thumbnail")}
     for hit in reply:
         row = next(row for row in corpus.hits if row.id == hit["id"])
@@ -62,53 +62,53 @@ def test_a_hit_carries_its_thumbnail_or_none(door: Door) -> None:
         assert sent == row.thumbnail and (hit["thumbnail"] is None or hit["thumbnail"].startswith(start))
 
 
-def test_rerank_of_a_search_orders_by_match_probability(door: Door) -> None:
+def test_rerank_of_a_search_orders_by_match_probability(app: HttpApp) -> None:
     corpus = make_corpus()
     scores = {
         hit.id: match_probability("a blue square", corpus.pixels[hit.uri])
         for hit in corpus.hits
         if hit.uri in corpus.pixels
     }
-    best = sorted(scores, key=lambda id: -scores[id])
-    hits = one(door, "/v1/search", {"text": "a blue square", "rerank": True, "top_k": 18}).json["data"]
+    best = sorted(scores, key=lambda name: -scores[name])
+    hits = one(app, "/v1/search", {"text": "a blue square", "rerank": True, "top_k": 18}).json["data"]
     assert [hit["id"] for hit in hits] == [*best, corpus.hits[-1].id]
-    assert [hit["score"] for hit in hits] == pytest.approx([scores[id] for id in best] + [0.0])
-    top = one(door, "/v1/search", {"text": "a blue square", "rerank": True, "top_k": 2}).json["data"]
+    assert [hit["score"] for hit in hits] == pytest.approx([scores[name] for name in best] + [0.0])
+    top = one(app, "/v1/search", {"text": "a blue square", "rerank": True, "top_k": 2}).json["data"]
     assert top == hits[:2]
 
 
-def test_texts_are_reranked_by_a_picture(door: Door) -> None:
+def test_texts_are_reranked_by_an_image(app: HttpApp) -> None:
     corpus = make_corpus()
     scores = {hit.id: match_probability(clean_caption(hit.caption), seen(BLUE)) for hit in corpus.hits}
     body = {"image": data_url(BLUE), "target": "text", "rerank": True, "top_k": 5}
-    hits = one(door, "/v1/search", body).json["data"]
-    assert [hit["id"] for hit in hits] == sorted(scores, key=lambda id: -scores[id])[:5]
+    hits = one(app, "/v1/search", body).json["data"]
+    assert [hit["id"] for hit in hits] == sorted(scores, key=lambda name: -scores[name])[:5]
 
 
 def test_without_fusion_encoder_or_index_search_says_so() -> None:
-    bare = Door(StandInDesk(StandInSet(matching=False, index=False)))
+    bare = HttpApp(StandInPool(StandInVersion(matching=False, index=False)))
     reply = one(bare, "/v1/search", {"text": "red"})
     assert (reply.status, reply.json["error"]["code"]) == (404, "no_index")
-    reply = one(Door(StandInDesk(StandInSet(matching=False))), "/v1/search", {"text": "red", "rerank": True})
+    reply = one(HttpApp(StandInPool(StandInVersion(matching=False))), "/v1/search", {"text": "red", "rerank": True})
     assert (reply.status, reply.json["error"]["code"]) == (400, "rerank_not_supported")
 
 
-def test_documents_of_the_other_modality_are_matched(door: Door) -> None:
+def test_documents_of_the_other_modality_are_matched(app: HttpApp) -> None:
     documents = [data_url(BLUE), data_url(RED)]
-    reply = one(door, "/v1/rerank", {"query": "A red circle.", "documents": documents, "return_documents": True}).json
+    reply = one(app, "/v1/rerank", {"query": "A red circle.", "documents": documents, "return_documents": True}).json
     scores = [match_probability("a red circle", seen(BLUE)), match_probability("a red circle", seen(RED))]
     assert reply["score"] == "match_probability"
     assert [result["index"] for result in reply["results"]] == [1, 0]
     assert [result["relevance_score"] for result in reply["results"]] == pytest.approx([scores[1], scores[0]])
     assert [result["document"] for result in reply["results"]] == [{"image": documents[1]}, {"image": documents[0]}]
-    turned = one(door, "/v1/rerank", {"query": data_url(RED), "documents": ["blue", "red"], "top_n": 1}).json
+    turned = one(app, "/v1/rerank", {"query": data_url(RED), "documents": ["blue", "red"], "top_n": 1}).json
     assert turned["score"] == "match_probability" and [result["index"] for result in turned["results"]] == [1]
 
 
 @pytest.mark.parametrize("matching", [True, False])
 def test_documents_of_mixed_modality_are_compared_by_cosine(matching: bool) -> None:
-    door = Door(StandInDesk(StandInSet(matching=matching)))
-    reply = one(door, "/v1/rerank", {"query": "red", "documents": ["blue circle", data_url(RED), "red"]}).json
+    app = HttpApp(StandInPool(StandInVersion(matching=matching)))
+    reply = one(app, "/v1/rerank", {"query": "red", "documents": ["blue circle", data_url(RED), "red"]}).json
     vectors = [text_vector("blue circle"), image_vector(seen(RED)), text_vector("red")]
     cosines = [float(text_vector("red") @ vector) for vector in vectors]
     assert reply["score"] == "cosine"
@@ -125,12 +125,12 @@ def multipart(*parts: tuple[str, bytes], end: bytes = b"--frontier--\r\n") -> tu
     return body + end, {"content-type": "multipart/form-data; boundary=frontier"}
 
 
-def test_an_uploaded_file_finds_what_its_data_url_finds(door: Door) -> None:
+def test_an_uploaded_file_finds_what_its_data_url_finds(app: HttpApp) -> None:
     body, headers = multipart(("image", BLUE), ("target", b"text"), ("top_k", b"4"), ("rerank", b"true"))
-    expected = one(door, "/v1/search", {"image": data_url(BLUE), "target": "text", "top_k": 4, "rerank": True})
-    assert expected.status == 200 and one(door, "/v1/search", body, headers=headers).json == expected.json
+    expected = one(app, "/v1/search", {"image": data_url(BLUE), "target": "text", "top_k": 4, "rerank": True})
+    assert expected.status == 200 and one(app, "/v1/search", body, headers=headers).json == expected.json
     body, headers = multipart(("text", "grün red".encode()))
-    assert one(door, "/v1/search", body, headers=headers).json == one(door, "/v1/search", {"text": "grün red"}).json
+    assert one(app, "/v1/search", body, headers=headers).json == one(app, "/v1/search", {"text": "grün red"}).json
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_an_uploaded_file_finds_what_its_data_url_finds(door: Door) -> None:
         (*multipart(("text", b"\xff")), 422),
         (*multipart(("colour", b"red")), 422),
         (*multipart(("image", b"")), 400),
-        (*multipart(("image", b"no picture")), 400),
+        (*multipart(("image", b"no image")), 400),
         (*multipart(*((f"n{n}", b"") for n in range(40))), 422),
         (b"", {"content-type": "multipart/form-data; boundary=frontier"}, 422),
         (b"--frontier--", {"content-type": "multipart/form-data"}, 422),
@@ -151,5 +151,5 @@ def test_an_uploaded_file_finds_what_its_data_url_finds(door: Door) -> None:
         (b"--frontier\r\n\r\n\r\n--frontier--", {"content-type": "multipart/form-data; boundary=frontier"}, 422),
     ],
 )
-def test_a_broken_upload_is_refused(door: Door, body: bytes, headers: dict[str, str], status: int) -> None:
-    assert one(door, "/v1/search", body, headers=headers).status == status
+def test_a_broken_upload_is_refused(app: HttpApp, body: bytes, headers: dict[str, str], status: int) -> None:
+    assert one(app, "/v1/search", body, headers=headers).status == status

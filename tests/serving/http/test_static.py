@@ -6,9 +6,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from serving.http.app import Door
+from serving.http.app import HttpApp
 from serving.http.static import FOLDER
-from tests.support.stand_in import StandInDesk, listening, one
+from tests.support.stand_in import StandInPool, listening, one
 
 PATHS = ["/", "/docs", *sorted(f"/{path.name}" for path in FOLDER.iterdir())]
 KEPT = ("etag", "cache-control", "content-security-policy", "referrer-policy", "x-content-type-options")
@@ -17,21 +17,21 @@ OTHER = '"another-version"'
 
 
 @pytest.fixture(scope="module")
-def door() -> Door:
-    return Door(StandInDesk())
+def app() -> HttpApp:
+    return HttpApp(StandInPool())
 
 
 @pytest.fixture(scope="module")
-def address(door: Door) -> Iterator[str]:
-    with listening(door) as address:
+def address(app: HttpApp) -> Iterator[str]:
+    with listening(app) as address:
         yield address
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("path", PATHS)
-def test_a_file_that_the_client_has_is_not_sent_again(door: Door, path: str, method: str) -> None:
-    whole = one(door, path, method=method)
-    reply = one(door, path, headers={"if-none-match": whole.headers["etag"]}, method=method)
+def test_a_file_that_the_client_has_is_not_sent_again(app: HttpApp, path: str, method: str) -> None:
+    whole = one(app, path, method=method)
+    reply = one(app, path, headers={"if-none-match": whole.headers["etag"]}, method=method)
     assert (whole.status, reply.status, reply.body) == (200, 304, b"")
     assert {name: reply.headers[name] for name in KEPT} == {name: whole.headers[name] for name in KEPT}
     assert reply.headers["x-triptych-model"] == whole.headers["x-triptych-model"] and reply.headers["x-request-id"]
@@ -41,40 +41,40 @@ def test_a_file_that_the_client_has_is_not_sent_again(door: Door, path: str, met
 @pytest.mark.parametrize(
     "form", ["{tag}", "W/{tag}", "{other}, {tag}", "{other},W/{tag} , {other}", ', {tag},, "a,b"', "*"]
 )
-def test_every_form_of_if_none_match_that_fits_is_understood(door: Door, form: str) -> None:
-    tag = one(door, "/page.js", method="GET").headers["etag"]
+def test_every_form_of_if_none_match_that_fits_is_understood(app: HttpApp, form: str) -> None:
+    tag = one(app, "/page.js", method="GET").headers["etag"]
     asked = {"if-none-match": form.format(tag=tag, other=OTHER)}
-    assert one(door, "/page.js", headers=asked, method="GET").status == 304
+    assert one(app, "/page.js", headers=asked, method="GET").status == 304
 
 
 @pytest.mark.parametrize("form", ["{other}", "W/{other}, {other}", "{bare}", '"{bare}', '"x{bare}"', '"*"', ""])
-def test_a_file_that_the_client_does_not_have_is_sent_whole(door: Door, form: str) -> None:
-    whole = one(door, "/page.js", method="GET")
+def test_a_file_that_the_client_does_not_have_is_sent_whole(app: HttpApp, form: str) -> None:
+    whole = one(app, "/page.js", method="GET")
     asked = {"if-none-match": form.format(other=OTHER, bare=whole.headers["etag"].strip('"'))}
-    reply = one(door, "/page.js", headers=asked, method="GET")
+    reply = one(app, "/page.js", headers=asked, method="GET")
     assert (reply.status, reply.body) == (200, whole.body)
     assert reply.headers["content-length"] == str(len(whole.body))
 
 
-def test_two_files_have_two_tags(door: Door) -> None:
-    tags = {path: one(door, path, method="GET").headers["etag"] for path in PATHS}
+def test_two_files_have_two_tags(app: HttpApp) -> None:
+    tags = {path: one(app, path, method="GET").headers["etag"] for path in PATHS}
     assert tags["/"] == tags["/index.html"] and tags["/docs"] == tags["/docs.html"]
     assert len(set(tags.values())) == len(PATHS) - 2
-    assert one(door, "/page.css", headers={"if-none-match": tags["/page.js"]}, method="GET").status == 200
+    assert one(app, "/page.css", headers={"if-none-match": tags["/page.js"]}, method="GET").status == 200
 
 
-def test_a_condition_is_no_matter_for_other_methods_and_missing_files(door: Door) -> None:
-    assert one(door, "/", headers={"if-none-match": "*"}, method="POST").status == 404
-    assert one(door, "/nothing.js", headers={"if-none-match": "*"}, method="GET").status == 404
+def test_a_condition_is_no_matter_for_other_methods_and_missing_files(app: HttpApp) -> None:
+    assert one(app, "/", headers={"if-none-match": "*"}, method="POST").status == 404
+    assert one(app, "/nothing.js", headers={"if-none-match": "*"}, method="GET").status == 404
 
 
-def test_whatever_has_an_etag_is_answered_304(door: Door) -> None:
+def test_whatever_has_an_etag_is_answered_304(app: HttpApp) -> None:
     """Also for what is added later: any path that is answered with a tag must know it again."""
     paths = [*PATHS, "/openapi.json", "/health", "/ready", "/metrics", "/v1/models", "/v1/models/shapes"]
     for path in paths:
-        tag = one(door, path, method="GET").headers.get("etag")
+        tag = one(app, path, method="GET").headers.get("etag")
         if tag is not None:
-            assert one(door, path, headers={"if-none-match": tag}, method="GET").status == 304, path
+            assert one(app, path, headers={"if-none-match": tag}, method="GET").status == 304, path
 
 
 def test_a_connection_goes_on_after_a_304(address: str) -> None:

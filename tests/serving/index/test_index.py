@@ -12,7 +12,7 @@ import pytest
 from models.config import InputError
 from pipelines import storage
 from serving.index import approximate, build
-from serving.index.approximate import kind_of, make_side, recall_of
+from serving.index.approximate import kind_of, make_vector_index, recall_of
 from serving.index.build import build_index
 from serving.index.index import open_index
 
@@ -26,7 +26,7 @@ def unit_vectors(rows, seed, dimensions=D):
 
 
 def corpus():
-    """60 pairs: every tenth picture is that of the row before, rows 20 and 21 are one pair, 30 to 32 have one id."""
+    """60 pairs: every tenth image is that of the row before, rows 20 and 21 are one pair, 30 to 32 have one id."""
     rows = 60
     images, texts = unit_vectors(rows, 1), unit_vectors(rows, 2)
     image_id = np.arange(rows) * 7 - 50
@@ -87,10 +87,10 @@ def flat(vectors, tmp_path_factory):
 
 
 def once(rows, side):
-    """Rows that a side holds: a picture once, and a caption of a picture once."""
+    """Rows that a side holds: an image once, and a caption of an image once."""
     seen, kept = set(), []
-    for row, (picture, caption) in enumerate(zip(rows["image_id"].tolist(), rows["caption"], strict=True)):
-        key = picture if side == "image" else (picture, caption)
+    for row, (image, caption) in enumerate(zip(rows["image_id"].tolist(), rows["caption"], strict=True)):
+        key = image if side == "image" else (image, caption)
         if key not in seen:
             seen.add(key)
             kept.append(row)
@@ -115,7 +115,7 @@ def test_a_search_finds_what_the_definition_finds(vectors, flat, side):
             assert hit.thumbnail == rows["thumbnail"][row]
 
 
-def test_a_picture_is_there_once_and_so_is_a_caption_of_it(vectors, flat):
+def test_an_image_is_there_once_and_so_is_a_caption_of_it(vectors, flat):
     rows, index = vectors[0], open_index(flat[0])
     assert (index.images, index.texts) == (len(once(rows, "image")), len(once(rows, "text"))) == (54, 59)
     assert flat[1].counts == {"image": 54, "text": 59} and flat[1].rows == 60
@@ -142,16 +142,16 @@ def test_queries_of_any_length_are_scored_by_cosine(flat):
 
 def test_every_row_gives_its_vectors_by_its_id(vectors, flat):
     rows, index = vectors[0], open_index(flat[0])
-    for row, id in enumerate(rows["id"]):
+    for row, row_id in enumerate(rows["id"]):
         row = 30 if row in (31, 32) else row  # of equal ids the first
-        for side in ("image", "text"):
-            np.testing.assert_array_equal(index.vector_of(id, side), rows[f"{side}_vector"][row])
+        for modality in ("image", "text"):
+            np.testing.assert_array_equal(index.vector_of(row_id, modality), rows[f"{modality}_vector"][row])
     assert index.vector_of("id60", "image") is None and index.vector_of("", "text") is None
 
 
 def test_ids_whose_hashes_are_equal_are_told_apart(vectors, tmp_path, monkeypatch):
-    monkeypatch.setattr("serving.index.files.hash_id", lambda id: 7)
-    monkeypatch.setattr("serving.index.build.hash_id", lambda id: 7 if id.startswith("id") else hash(id))
+    monkeypatch.setattr("serving.index.files.hash_id", lambda row_id: 7)
+    monkeypatch.setattr("serving.index.build.hash_id", lambda row_id: 7 if row_id.startswith("id") else hash(row_id))
     build_index(vectors[1], str(tmp_path / "index"))
     index = open_index(tmp_path / "index")
     np.testing.assert_array_equal(index.vector_of("id44", "text"), vectors[0]["text_vector"][44])
@@ -210,7 +210,7 @@ def test_approximate_kinds_give_the_whole_side_where_it_is_asked_for(large):
     assert len({hit.id for hit in hits}) == len(hits) == 4000
 
 
-def test_rows_without_thumbnails_and_image_ids_are_all_different_pictures(large):
+def test_rows_without_thumbnails_and_image_ids_are_all_different_images(large):
     index = open_index(large[1])
     assert index.images == index.texts == 4000
     assert index.search(unit_vectors(1, 4, 16), "text", 1)[0][0].thumbnail == b""
@@ -262,13 +262,13 @@ def test_recall_is_the_share_of_the_nearest_that_is_found():
     assert recall_of(np.array([[0.5, 0.4], [0.1, 0.1]], np.float32), truth) == 0
 
 
-def test_effort_rises_until_the_recall_is_reached(monkeypatch):
+def test_the_search_parameter_rises_until_the_recall_is_reached(monkeypatch):
     vectors, queries = unit_vectors(3000, 1, 16), unit_vectors(50, 2, 16)
     found = {}
     for wanted in (0.0, 1.0):
         monkeypatch.setattr(approximate, "RECALL", wanted)
-        side, recall = make_side("ivfpq", vectors, queries)
-        found[wanted] = (side.effort, recall)
+        index, recall = make_vector_index("ivfpq", vectors, queries)
+        found[wanted] = (index.search_parameter, recall)
     assert found[0.0][0] == 8 < found[1.0][0] <= 75 / 4
     assert found[0.0][1] < found[1.0][1] <= 1
 
@@ -314,7 +314,7 @@ def test_a_place_that_cannot_be_a_folder_is_said(vectors, tmp_path):
 
 def test_a_build_that_did_not_end_leaves_no_index_and_can_be_repeated(vectors, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(build, "make_side", lambda *_: 1 / 0)
+        patch.setattr(build, "make_vector_index", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build_index(vectors[1], str(tmp_path))
     with pytest.raises(InputError, match=r"index.json is missing"):
@@ -358,11 +358,11 @@ def test_from_and_to_object_storage_the_file_that_completes_it_comes_last(vector
         build_index(f"{bucket}/vectors", str(tmp_path / "index"))
     states, upload = [], storage.upload
 
-    def watched(folder, uri):
+    def cancel_on_disconnect(folder, uri):
         upload(folder, uri)
         states.append(sorted(info.uri.rpartition("/")[2] for info in storage.listing(uri)))
 
-    monkeypatch.setattr(storage, "upload", watched)
+    monkeypatch.setattr(storage, "upload", cancel_on_disconnect)
     report = build_index(f"{bucket}/vectors", f"{bucket}/index", files=storage)
     assert "index.json" not in states[0] and "index.json" in states[1] and len(states) == 2
     storage.download(f"{bucket}/index", str(tmp_path / "index"))

@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 
 from tests.support.browser import FIELD, FIXTURES, Open, answered, fits
 
-browser, page_desk, page_address, usual_page, tab = FIXTURES
+browser, page_pool, page_address, usual_page, tab = FIXTURES
 
 
 def test_the_keyboard_alone_is_enough(tab: Open) -> None:
@@ -95,7 +95,7 @@ PARTS = """(() => {
   return {
     lang: document.documentElement.lang, title: document.title, headings: all("h1").length, mains: all("main").length,
     unnamed: all("button, input:not([type=file]), select, a, nav").filter((one) => !named(one)).length,
-    pictures: all("img:not([alt])").length, twice: ids.filter((one, at) => ids.indexOf(one) !== at),
+    images: all("img:not([alt])").length, twice: ids.filter((one, at) => ids.indexOf(one) !== at),
     broken: points.filter((id) => !document.getElementById(id)),
     positive: all("[tabindex]").filter((one) => one.tabIndex > 0).length,
   };
@@ -106,7 +106,7 @@ PARTS = """(() => {
 def test_the_parts_of_a_page_are_named(tab: Open, path: str, title: str) -> None:
     visit = tab(path)
     visit.page.locator(".hit, .operation").first.wait_for()
-    expected = {"lang": "en", "title": title, "headings": 1, "mains": 1, "pictures": 0, "positive": 0}
+    expected = {"lang": "en", "title": title, "headings": 1, "mains": 1, "images": 0, "positive": 0}
     assert visit.page.evaluate(PARTS) == expected | {"unnamed": 0, "twice": [], "broken": []}
 
 
@@ -189,7 +189,7 @@ def test_every_line_of_curl_is_answered(tab: Open) -> None:
     lines = visit.page.locator("figure pre[aria-label^=curl]").all_text_contents()
     statuses = {line: answer(shlex.split(line)) for line in lines if "{id}" not in line and " -F " not in line}
     assert len(statuses) >= 10 and set(statuses.values()) == {200}, statuses
-    assert [line.split()[-1] for line in lines if " -F " in line] == ["'image=@picture.jpg'"]
+    assert [line.split()[-1] for line in lines if " -F " in line] == ["'image=@image.jpg'"]
 
 
 def answer(line: list[str]) -> int:

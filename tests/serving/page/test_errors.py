@@ -6,10 +6,10 @@ import pytest
 from playwright.sync_api import expect
 
 from serving.http.auth import Keys
-from tests.support.browser import FIXTURES, Open, answered, door, expected_hits
-from tests.support.stand_in import StandInDesk, StandInSet, text_vector
+from tests.support.browser import FIXTURES, Open, answered, expected_hits, page_server
+from tests.support.stand_in import StandInPool, StandInVersion, text_vector
 
-browser, page_desk, page_address, usual_page, tab = FIXTURES
+browser, page_pool, page_address, usual_page, tab = FIXTURES
 KEY = "correct-horse-battery-staple"
 
 
@@ -64,7 +64,7 @@ def test_a_service_that_is_gone_is_told(tab: Open) -> None:
 
 
 def test_a_service_without_index_says_how_to_get_one(tab: Open) -> None:
-    with door(StandInDesk(StandInSet(index=False))) as address:
+    with page_server(StandInPool(StandInVersion(index=False))) as address:
         visit = tab(at=address)
         visit.refused = True
         expect(visit.page.get_by_text("no index loaded")).to_be_visible()
@@ -73,7 +73,7 @@ def test_a_service_without_index_says_how_to_get_one(tab: Open) -> None:
 
 
 def test_the_key_is_asked_for_and_kept_in_this_tab_only(tab: Open) -> None:
-    with door(StandInDesk(), Keys({"page": KEY})) as address:
+    with page_server(StandInPool(), Keys({"page": KEY})) as address:
         visit = tab(at=address)
         visit.refused = True
         field = visit.page.get_by_label("API key", exact=True)

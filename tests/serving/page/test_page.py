@@ -13,7 +13,7 @@ from models.preprocess import resize_for_eval
 from tests.support.browser import FIELD, FIXTURES, Open, a_file, answered, expected_hits, in_transfer, shown
 from tests.support.stand_in import (
     SIZE,
-    StandInDesk,
+    StandInPool,
     as_file,
     drawing,
     image_vector,
@@ -22,17 +22,17 @@ from tests.support.stand_in import (
     text_vector,
 )
 
-browser, page_desk, page_address, usual_page, tab = FIXTURES
+browser, page_pool, page_address, usual_page, tab = FIXTURES
 
 # What is found
 
 
-def test_words_find_pictures_in_order_with_their_scores(tab: Open) -> None:
+def test_words_find_images_in_order_with_their_scores(tab: Open) -> None:
     visit = tab()
     visit.search("red circle")
     assert shown(visit) == expected_hits(text_vector("red circle"))
     assert visit.asked == [{"text": "red circle", "target": "image", "top_k": 24}]
-    expect(visit.page.get_by_role("status")).to_have_text("18 pictures, by cosine similarity.")
+    expect(visit.page.get_by_role("status")).to_have_text("18 images, by cosine similarity.")
     expect(visit.page.locator("#answered")).to_have_text(
         re.compile(r"Answered by shapes/3 in \d+ ms, embedding space space-of-shapes-3")
     )
@@ -45,7 +45,7 @@ def test_a_hit_without_thumbnail_shows_its_caption_in_its_place(tab: Open) -> No
     visit.search("red circle")
     tile = visit.page.locator(".hit", has=visit.page.locator(".words"))
     expect(tile).to_have_count(1)
-    expect(tile.locator(".picture")).to_have_text("A red circle.")
+    expect(tile.locator(".image")).to_have_text("A red circle.")
     assert tile.locator("img").count() == 0
 
 
@@ -62,7 +62,7 @@ def test_markup_in_a_caption_stays_text(tab: Open) -> None:
     hit = {"object": "search_hit", "index": 0, "id": bad, "score": 0.5, "caption": bad, "thumbnail": None}
     visit.page.route("**/v1/search", lambda route: route.fulfill(json={"object": "list", "data": [hit]}))
     visit.search(bad)
-    expect(visit.page.locator(".hit .picture")).to_have_text(bad)
+    expect(visit.page.locator(".hit .image")).to_have_text(bad)
     visit.page.locator(".hit").click()
     expect(visit.page.locator("#query-caption")).to_have_text(bad)
     assert visit.page.locator("main b:has-text('bold'), main img[src='x']").count() == 0
@@ -83,31 +83,31 @@ def test_more_can_be_shown(tab: Open) -> None:
     expect(visit.page.locator(".hit").nth(24)).to_be_focused()
 
 
-# Pictures
+# Images
 
 
-def test_a_chosen_picture_is_sent_as_it_is_where_it_is_small(tab: Open) -> None:
+def test_a_chosen_image_is_sent_as_it_is_where_it_is_small(tab: Open) -> None:
     visit, content = tab(), as_file(drawing("blue", "square"))
     visit.page.set_input_files("#file", a_file("square.jpg", content))
     answered(visit)
     assert visit.asked[0]["image"] == "data:image/jpeg;base64," + base64.b64encode(content).decode()
-    assert visit.captions()[:3] == [caption for caption, _ in _by_picture(content)[:3]]
+    assert visit.captions()[:3] == [caption for caption, _ in _by_image(content)[:3]]
     expect(visit.page.locator("#query-caption")).to_have_text("square.jpg")
     assert content[:60].hex() not in visit.page.url and "image%2F" not in visit.page.url
     assert len(visit.page.url) < len(visit.base) + 40
 
 
-def _by_picture(content: bytes) -> list[tuple[str, str]]:
+def _by_image(content: bytes) -> list[tuple[str, str]]:
     return expected_hits(image_vector(resize_for_eval(Image.open(io.BytesIO(content)), SIZE)))
 
 
-def test_a_dropped_picture_is_scaled_down_over_white(tab: Open) -> None:
+def test_a_dropped_image_is_scaled_down_over_white(tab: Open) -> None:
     visit = tab()
     large = Image.new("RGBA", (1600, 800), (0, 0, 0, 0))
     large.paste((40, 80, 220, 255), (400, 200, 1200, 600))
     transfer = in_transfer(visit, "large.png", "image/png", as_file(large, "PNG"))
     visit.page.dispatch_event("body", "dragenter", {"dataTransfer": transfer})
-    expect(visit.page.get_by_text("Drop the picture to search with it")).to_be_visible()
+    expect(visit.page.get_by_text("Drop the image to search with it")).to_be_visible()
     visit.page.dispatch_event("#start", "drop", {"dataTransfer": transfer})
     answered(visit)
     expect(visit.page.locator("#drop")).to_be_hidden()
@@ -119,7 +119,7 @@ def test_a_dropped_picture_is_scaled_down_over_white(tab: Open) -> None:
     assert "blue" in visit.captions()[0]
 
 
-def test_a_pasted_picture_is_searched(tab: Open) -> None:
+def test_a_pasted_image_is_searched(tab: Open) -> None:
     visit = tab()
     transfer = in_transfer(visit, "", "image/png", as_file(drawing("green", "circle"), "PNG"))
     paste = "(to, data) => to.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true}))"
@@ -128,18 +128,18 @@ def test_a_pasted_picture_is_searched(tab: Open) -> None:
     assert "green" in visit.captions()[0]
 
 
-def test_a_file_that_is_no_picture_is_refused_before_it_is_sent(tab: Open) -> None:
+def test_a_file_that_is_no_image_is_refused_before_it_is_sent(tab: Open) -> None:
     visit = tab()
     visit.page.set_input_files("#file", {"name": "a.pdf", "mimeType": "application/pdf", "buffer": b"%PDF"})
-    expect(visit.page.get_by_role("alert")).to_contain_text("This file is not a picture.")
+    expect(visit.page.get_by_role("alert")).to_contain_text("This file is not an image.")
     assert visit.asked == []
 
 
-def test_a_damaged_picture_is_the_services_to_judge(tab: Open) -> None:
+def test_a_damaged_image_is_the_services_to_judge(tab: Open) -> None:
     visit = tab()
     visit.refused = True
-    visit.page.set_input_files("#file", a_file("damaged.jpg", b"\xff\xd8\xff not a picture"))
-    expect(visit.page.get_by_role("alert")).to_contain_text("The service cannot use this picture.")
+    visit.page.set_input_files("#file", a_file("damaged.jpg", b"\xff\xd8\xff not an image"))
+    expect(visit.page.get_by_role("alert")).to_contain_text("The service cannot use this image.")
     expect(visit.page.locator("#query-caption")).to_have_text("damaged.jpg")
     assert visit.page.locator(".hit").count() == 0
 
@@ -152,7 +152,7 @@ def test_a_hit_leads_to_its_neighbours_and_back_again(tab: Open) -> None:
     visit.search("yellow triangle")
     before = shown(visit)
     visit.page.locator(".hit").nth(1).click()
-    expect(visit.page.locator("#query-title")).to_have_text("Nearest to this picture")
+    expect(visit.page.locator("#query-title")).to_have_text("Nearest to this image")
     answered(visit)
     row = next(n for n, hit in enumerate(make_corpus().hits) if hit.caption == before[1][0])
     assert visit.asked[-1]["id"] == make_corpus().hits[row].id and visit.asked[-1]["side"] == "image"
@@ -164,7 +164,7 @@ def test_a_hit_leads_to_its_neighbours_and_back_again(tab: Open) -> None:
     answered(visit)
     assert shown(visit) == before
     visit.page.go_back()
-    expect(visit.page.get_by_text("choose a picture")).to_be_visible()
+    expect(visit.page.get_by_text("choose an image")).to_be_visible()
     assert visit.page.locator(".hit").count() == 0
 
 
@@ -179,12 +179,12 @@ def test_the_address_alone_brings_a_search_back(tab: Open) -> None:
     assert parse_qs(again.page.url.split("#")[1]) == {"q": ["blue & red, 100 %"], "target": ["text"]}
 
 
-def test_a_picture_is_gone_after_a_reload_and_the_page_says_so(tab: Open) -> None:
+def test_a_image_is_gone_after_a_reload_and_the_page_says_so(tab: Open) -> None:
     visit = tab()
     visit.page.set_input_files("#file", a_file("a.jpg", as_file(drawing("red", "square"))))
     answered(visit)
     visit.page.reload()
-    expect(visit.page.get_by_role("alert")).to_contain_text("The picture of this search is gone.")
+    expect(visit.page.get_by_role("alert")).to_contain_text("The image of this search is gone.")
     expect(visit.page.locator("body")).not_to_have_class("busy")
 
 
@@ -202,14 +202,14 @@ def test_the_page_says_that_a_search_is_under_way(tab: Open) -> None:
     assert visit.page.locator("#results").get_attribute("aria-busy") is None
 
 
-def test_an_overtaken_reply_is_never_shown(tab: Open, page_desk: StandInDesk) -> None:
+def test_an_overtaken_reply_is_never_shown(tab: Open, page_pool: StandInPool) -> None:
     visit = tab()
-    calls = len(page_desk.set.calls)
-    page_desk.set.delay = 0.3
+    calls = len(page_pool.model.calls)
+    page_pool.model.delay = 0.3
     visit.enter("red square")
-    while len(page_desk.set.calls) == calls:
+    while len(page_pool.model.calls) == calls:
         visit.page.wait_for_timeout(5)
-    page_desk.set.delay = 0.0
+    page_pool.model.delay = 0.0
     visit.search("blue circle")
     visit.page.wait_for_timeout(700)  # the first one's search and its index take 0.3 s each
     assert shown(visit) == expected_hits(text_vector("blue circle"))
@@ -243,12 +243,12 @@ def test_a_version_that_is_gone_is_named(tab: Open) -> None:
     assert visit.versions == ["shapes/1", "shapes/2"]
 
 
-def test_an_alarm_is_told(tab: Open, page_desk: StandInDesk) -> None:
-    page_desk.alarm = "shapes/4: health vectors differ"
+def test_an_alarm_is_told(tab: Open, page_pool: StandInPool) -> None:
+    page_pool.alarm = "shapes/4: health vectors differ"
     try:
         expect(tab().page.get_by_text("A newer version is not served: shapes/4: health vectors differ")).to_be_visible()
     finally:
-        page_desk.alarm = ""
+        page_pool.alarm = ""
 
 
 def test_re_ranking_orders_by_match_probability(tab: Open) -> None:
@@ -266,7 +266,7 @@ def test_re_ranking_orders_by_match_probability(tab: Open) -> None:
     assert shown(visit)[:-1] == [(caption, f"{score:.3f}") for caption, score in best]  # the last one's file is gone
     assert visit.asked[-1]["rerank"] is True
     visit.page.get_by_role("radio", name="Captions").check()
-    expect(visit.page.get_by_text("only between words and pictures")).to_be_visible()
+    expect(visit.page.get_by_text("only between words and images")).to_be_visible()
     expect(visit.page.get_by_label("Re-rank")).to_be_disabled()
     answered(visit)
     assert "rerank" not in visit.asked[-1]

@@ -1,4 +1,4 @@
-// A picture from the reader's device, made small enough to send. It goes to the service and nowhere else.
+// An image from the reader's device, made small enough to send. It goes to the service and nowhere else.
 
 import { Failure } from "./api.js";
 
@@ -6,15 +6,15 @@ const SIDE = 512; // pixels; models read far fewer
 const SMALL = 256 * 1024; // bytes; a file of at most so many, and of at most SIDE pixels, is sent as it is
 const LARGEST = 12 * 1024 * 1024; // bytes of a file that this browser cannot open but the service perhaps can
 
-/** {url: data URL, name} of a File. Throws Failure where it is no picture. */
-export async function readPicture(file) {
-  const name = file.name || "pasted picture";
-  if (file.type && !file.type.startsWith("image/")) throw new Failure(400, "This file is not a picture.", name);
+/** {url: data URL, name} of a File. Throws Failure where it is no image. */
+export async function readImage(file) {
+  const name = file.name || "pasted image";
+  if (file.type && !file.type.startsWith("image/")) throw new Failure(400, "This file is not an image.", name);
   let bitmap;
   try {
     bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });
   } catch {
-    if (file.size > LARGEST) throw new Failure(413, "This browser cannot open the picture.", "It is too large to send as it is.");
+    if (file.size > LARGEST) throw new Failure(413, "This browser cannot open the image.", "It is too large to send as it is.");
     return { url: await dataUrl(file), name };
   }
   const scale = SIDE / Math.max(bitmap.width, bitmap.height);

@@ -31,7 +31,7 @@ from tests.support.serving_models import png, save_index, save_small, vectors
 
 TEXTS = [pair["caption"] for pair in make_pairs(40)]
 PIXELS = np.random.default_rng(1).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
-PICTURES = ["data:image/png;base64," + base64.b64encode(png(one)).decode() for one in PIXELS]
+IMAGES = ["data:image/png;base64," + base64.b64encode(png(one)).decode() for one in PIXELS]
 
 
 @dataclass
@@ -94,23 +94,23 @@ def expected(package: Package, inputs: list[str]) -> np.ndarray:
     """The evaluated model's vectors."""
     rows = []
     for text in inputs:
-        if text in PICTURES:
-            rows.append(inference.embed_images(package, PIXELS[[PICTURES.index(text)]])[0])
+        if text in IMAGES:
+            rows.append(inference.embed_images(package, PIXELS[[IMAGES.index(text)]])[0])
         else:
             rows.append(vectors(package, [text])[0])
     return np.stack(rows)
 
 
 def mixed(url: str, count: int) -> tuple[list[list[str]], list[bytes]]:
-    """Requests of one to five texts and pictures in any order, every third one a search by one of them."""
+    """Requests of one to five texts and images in any order, every third one a search by one of them."""
     draw = np.random.default_rng(0)
     asked, requests = [], []
     for number in range(count):
         length = 1 if number % 3 == 2 else draw.integers(1, 6)
-        some = [str(draw.choice(TEXTS + PICTURES)) for _ in range(length)]
+        some = [str(draw.choice(TEXTS + IMAGES)) for _ in range(length)]
         body: dict[str, object] = {"input": some, "encoding_format": "base64"}
         if number % 3 == 2:
-            body = {"image" if some[0] in PICTURES else "text": some[0], "target": "image", "top_k": 3}
+            body = {"image" if some[0] in IMAGES else "text": some[0], "target": "image", "top_k": 3}
         path = "/v1/search" if number % 3 == 2 else "/v1/embeddings"
         asked.append(some)
         requests.append(request(url, path, json.dumps(body).encode()))
