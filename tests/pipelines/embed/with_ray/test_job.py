@@ -329,9 +329,9 @@ JOB = """
 import os, ray
 os.environ["RAY_AUTH_MODE"] = "disabled"
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir={temp!r})
-from pipelines import embed
-embed.BATCH = embed.FEWEST_ROWS = embed.MOST_ROWS = 50
-embed.embed({package!r}, {data!r}, {out!r})
+from pipelines.embed import job
+job.BATCH = job.FEWEST_ROWS = job.MOST_ROWS = 50
+job.embed({package!r}, {data!r}, {out!r})
 """
 
 
