@@ -35,6 +35,10 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class Failed(RuntimeError):
+    """Work that had begun ended without its result: one line that says why."""
+
+
 class Config(BaseModel):
     """Immutable, without unknown keys; the strings under the fields are the flags' help."""
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pydantic import Field
 
-from models.config import Config, InputError
-from pipelines.cli.console import DONE, FAILED, RESULTS, USAGE, Parser, complain, log_to_stderr, say
+from models.config import Config
+from pipelines.cli.console import DONE, RESULTS, USAGE, Parser, exit_code, log_to_stderr, say
 from pipelines.cli.flags import UsageError, flag_help, parse_two
 from pipelines.cli.serving import embed, index, serve
 
@@ -49,26 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     RESULTS.append(sys.stdout)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what Ray and others print is no result
-            return _run(list(sys.argv[1:] if arguments is None else arguments))
+            log_to_stderr()
+            words = list(sys.argv[1:] if arguments is None else arguments)
+            return exit_code("triptych", lambda: _run(words))
     finally:
         RESULTS.pop()
 
 
 def _run(words: list[str]) -> int:
-    log_to_stderr()
     if not words or words[0] in ("-h", "--help"):
         say(_usage())
         return DONE if words else USAGE
-    try:
-        if words[0] not in COMMANDS:
-            raise UsageError(f"unknown command {words[0]!r}; one of {', '.join(COMMANDS)}")
-        return COMMANDS[words[0]].run(words[1:])
-    except UsageError as error:
-        return complain(error, USAGE)
-    except InputError as error:
-        return complain(error, FAILED)
-    except KeyboardInterrupt:
-        return complain("stopped", 130)
+    if words[0] not in COMMANDS:
+        raise UsageError(f"unknown command {words[0]!r}; one of {', '.join(COMMANDS)}")
+    return COMMANDS[words[0]].run(words[1:])
 
 
 def train(words: Sequence[str]) -> int:
@@ -78,12 +72,9 @@ def train(words: Sequence[str]) -> int:
     experiment, options = asked
 
     from pipelines.recall import recall_table
-    from pipelines.train.fit import TrainingFailed, fit
+    from pipelines.train.fit import fit
 
-    try:
-        result = fit(experiment, options.resume)
-    except TrainingFailed as error:
-        return complain(error, FAILED)
+    result = fit(experiment, options.resume)
     say(recall_table(result.metrics))
     say(f"run folder: {result.run_folder}\nMLflow run: {result.mlflow_run_id}")
     return DONE
@@ -98,14 +89,10 @@ def tune(words: Sequence[str]) -> int:
         return DONE if words else USAGE
     base, options = asked
 
-    from pipelines.train.fit import TrainingFailed
     from tuning.sweep.plan import SweepRequest
     from tuning.sweep.run_sweep import tune as run_sweep
 
-    try:
-        outcome = run_sweep(SweepRequest(base=base, **options.model_dump()))
-    except TrainingFailed as error:
-        return complain(error, FAILED)
+    outcome = run_sweep(SweepRequest(base=base, **options.model_dump()))
     say(outcome.text)
     return DONE
 

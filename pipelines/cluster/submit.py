@@ -23,7 +23,7 @@ from ray.util.state.exception import RayStateApiException
 
 from models.config import InputError
 from models.redact import redact
-from pipelines.cluster.connect import EXCLUDES
+from pipelines.cluster.connect import EXCLUDES, TOKEN
 from pipelines.cluster.job_paths import check_paths, is_loopback, job_environment
 from pipelines.lineage import COMMIT_VARIABLE, ROOT, commit
 from pipelines.tracking.server import probe, reason
@@ -94,10 +94,7 @@ def _connect(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise InputError(
-            f"RAY_ADDRESS {address}: the cluster wants its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH "
-            "(default ~/.ray/auth_token) to the cluster's own"
-        ) from error
+        raise InputError(f"RAY_ADDRESS {address}: the cluster wants its token: {TOKEN}") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"RAY_ADDRESS {address}: not a Ray dashboard: {reason(error)}") from error
 

@@ -44,7 +44,13 @@ BLOCK_ROWS = 256
 TASK_ROWS = 500
 """Small groups that follow one another are read by one task up to about so many rows; a task costs some 20 ms."""
 NO_PROGRESS_SECONDS = 1800
-_QUIET = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}  # its news of every execution
+QUIET = {
+    "ray.data": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,  # its news of every execution
+    "ray.data._internal.execution.streaming_executor_state": logging.CRITICAL,  # what ends an execution is raised too
+    "ray.data.exceptions": logging.CRITICAL,
+}
+"""Levels of Ray Data's loggers."""
 
 PAUSE_SECONDS = 0.05
 
@@ -178,7 +184,7 @@ def _stream(
     """Run the work on the cluster; whoever closes the generator stops it."""
     if not works:
         return
-    for name, level in _QUIET.items():
+    for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
     dataset = ray.data.read_datasource(
         UnitsDatasource(works, settings),

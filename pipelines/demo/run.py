@@ -24,6 +24,7 @@ from models.config import InputError
 from models.inference import Package
 from models.package import load_package
 from models.preprocess import clean_caption, resize_for_eval
+from pipelines.cli.console import DONE, exit_code
 from pipelines.config import PRESETS, ExperimentConfig
 from pipelines.data.synthetic import CorpusConfig, synthesize
 from pipelines.demo.serving import serve_and_ask
@@ -34,7 +35,7 @@ from pipelines.report.charts import Series
 from pipelines.report.page import ContactRow, TrainingPage, training_report
 from pipelines.tracking.run import EXPERIMENT, Tracker
 from pipelines.train.events import Event
-from pipelines.train.fit import FitResult, TrainingFailed, fit
+from pipelines.train.fit import FitResult, fit
 
 logger = logging.getLogger(__name__)
 
@@ -199,9 +200,9 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("pipelines").setLevel(logging.INFO)
     experiment = PRESETS[PRESET].override({"compute.workers": 2})
-    try:
+
+    def run() -> int:
         demo(Path("demo").absolute(), CorpusConfig(), experiment)
-    except (InputError, TrainingFailed) as error:
-        sys.stderr.write(f"demo: {error}\n")
-        return 1
-    return 0
+        return DONE
+
+    return exit_code("demo", run)

@@ -5,10 +5,7 @@ which say the same `image_id`; an index holds the image once and finds it by any
 """
 
 import logging
-import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +26,7 @@ from pipelines.cluster.capacity import STATUS_KEY, is_scaled
 from pipelines.config import ExperimentConfig
 from pipelines.data.epoch_plan import bundle
 from pipelines.data.manifest import Manifest, build_manifest
-from pipelines.data.ray_data import BLOCK_BYTES, NO_PROGRESS_SECONDS, Pause, PrepareSettings, UnitsDatasource
+from pipelines.data.ray_data import BLOCK_BYTES, NO_PROGRESS_SECONDS, QUIET, Pause, PrepareSettings, UnitsDatasource
 from pipelines.embed.encoder import PACKAGE_FILES, Encoder
 from pipelines.embed.folder import PROGRESS, VECTORS, Job, claim, complete, finished
 from pipelines.embed.sink import SKIPPED, VectorSink
@@ -41,12 +38,6 @@ ENCODER_CPUS = 0.5
 """Logical CPUs of an encoding process on CPUs: less than one, so that reading always has room."""
 FEWEST_ROWS, MOST_ROWS = 256, 8192
 """Samples of one file: a sixteenth of all within these bounds. What a killed job had not written is encoded again."""
-_QUIET = {
-    "ray.data": logging.WARNING,
-    "ray.data._internal.progress": logging.ERROR,
-    "ray.data._internal.execution.streaming_executor_state": logging.CRITICAL,  # what ends a job is raised as well
-    "ray.data.exceptions": logging.CRITICAL,
-}
 
 logger = logging.getLogger(__name__)
 
@@ -187,8 +178,7 @@ def _run(out: str, manifest: Manifest, done: np.ndarray, plan: _Plan) -> None:
     )
     rows = min(max(-(-manifest.count // 16), FEWEST_ROWS), MOST_ROWS)
     sink = VectorSink(folder, rows, bool(plan.thumbnails))
-    with _one_line():
-        dataset.write_datasink(sink, ray_remote_args={"num_cpus": plan.settings.cpus})
+    dataset.write_datasink(sink, ray_remote_args={"num_cpus": plan.settings.cpus})
 
 
 class _Progress(IdColumnCheckpointManager):  # type: ignore[misc]  # Ray is not typed
@@ -219,7 +209,7 @@ def _works(manifest: Manifest, done: np.ndarray, thumbnail_side: int) -> list[An
 
 
 def _dataset(works: list[Any], plan: _Plan) -> ray.data.Dataset:
-    for name, level in _QUIET.items():
+    for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
     cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
     dataset = ray.data.read_datasource(
@@ -243,15 +233,3 @@ def _dataset(works: list[Any], plan: _Plan) -> ray.data.Dataset:
         num_cpus=ENCODER_CPUS,
         num_gpus=1 if plan.gpus else 0,
     )
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """What a task met at the user's data or store, as the one line that it was."""
-    try:
-        yield
-    except Exception as error:  # Ray has it as text, in a tower of tracebacks
-        found = re.findall(r"^(?:[\w.]+\.)?(?:InputError|Unavailable): (.+)$", str(error), re.MULTILINE)
-        if not found:
-            raise
-        raise InputError(found[-1]) from error

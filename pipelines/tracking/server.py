@@ -1,4 +1,4 @@
-"""Addresses of tracking servers: which one is meant, and whether anything answers there."""
+"""Addresses of tracking servers and clusters: which is meant, and whether anything answers there."""
 
 import contextlib
 import os
@@ -14,7 +14,8 @@ from models.redact import redact
 
 SQLITE = "sqlite:///"
 _PROBE_SECONDS = 10.0
-_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433, "ray": 10001}
+"""Of servers that do not speak HTTP, where the address has none."""
 
 
 def resolve_uri(uri: str | None = None) -> str:
@@ -30,15 +31,15 @@ def reason(error: Exception) -> str:
 
 
 def probe(uri: str) -> str:
-    """Why nothing answers at `uri`, or "": within seconds, where MLflow itself would try for minutes."""
+    """Why nothing answers at `uri`, or "": within seconds, where MLflow and Ray themselves would try for minutes."""
     parts = urllib.parse.urlsplit(uri)
     dialect = parts.scheme.partition("+")[0]
     try:
         if uri.startswith(SQLITE):
             with contextlib.closing(sqlite3.connect(uri.removeprefix(SQLITE), timeout=_PROBE_SECONDS)) as store:
                 store.execute("BEGIN IMMEDIATE")
-        elif dialect in _DATABASE_PORTS:
-            address = (parts.hostname or "localhost", parts.port or _DATABASE_PORTS[dialect])
+        elif dialect in _PORTS:
+            address = (parts.hostname or "localhost", parts.port or _PORTS[dialect])
             socket.create_connection(address, _PROBE_SECONDS).close()
         elif dialect in ("http", "https"):
             bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])

@@ -12,7 +12,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from models.config import InputError
+from models.config import Failed, InputError
 from models.package import write_files_json
 from models.redact import redact
 from pipelines import storage
@@ -31,7 +31,7 @@ from pipelines.train.worker import Job, planned_samples, train_worker
 logger = logging.getLogger(__name__)
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(Failed):
     """A run ended without a model; one line that says why."""
 
     history: Sequence[Event] = ()

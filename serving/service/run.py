@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from models.config import InputError
+from models.config import Failed, InputError
 from models.redact import redact
 from serving import model_source
 from serving.config import ServingConfig
@@ -53,8 +53,8 @@ def _running(config: ServingConfig, start_seconds: float) -> Iterator[str]:
     target = build(config.model_dump())
     started_ray = model_source.connect()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
     try:
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
         try:
             serve.run(target, name=SERVICE, route_prefix=None)
         except RuntimeError as error:
@@ -68,7 +68,7 @@ def _running(config: ServingConfig, start_seconds: float) -> Iterator[str]:
 
 
 def run_until_stopped(config: ServingConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Raises what `running` raises."""
+    """Serve until SIGTERM or SIGINT, then drain. Raises what `running` raises, and Failed where the service is lost."""
     stopped = threading.Event()
     with running(config) as url:
         for number in (signal.SIGTERM, signal.SIGINT):  # set here, because Ray sets its own when it starts
@@ -90,18 +90,25 @@ def _end(started_ray: bool) -> None:
     from ray import serve
 
     with contextlib.redirect_stdout(io.StringIO()):  # Ray prints there that calls to the ended controller failed
-        serve.shutdown()
+        with contextlib.suppress(Exception):  # it has failed, or Ray is lost: that was said before
+            serve.shutdown()
         if started_ray:
             ray.shutdown()
 
 
 def _state() -> dict[str, str]:
-    """What `VersionController.state` answers."""
+    """What `VersionController.state` answers; raises Failed where it does not answer."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     from serving.service.app import CONTROLLER, SERVICE
 
-    return dict(serve.get_deployment_handle(CONTROLLER, SERVICE).state.remote().result(timeout_s=30))
+    try:
+        return dict(serve.get_deployment_handle(CONTROLLER, SERVICE).state.remote().result(timeout_s=30))
+    except (TimeoutError, RayError, RayServeException) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise Failed(f"the service is lost, with Ray or a part of it ({what}); start it again") from error
 
 
 def _wait_ready(config: ServingConfig, seconds: float) -> None:

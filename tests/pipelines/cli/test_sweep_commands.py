@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipelines.cli.main import FAILED, USAGE, main
+from pipelines.cli.console import FAILED, USAGE
+from pipelines.cli.main import main
 
 PATHS = ["--train-data", "data/train", "--val-data", "data/val", "--out", "runs"]
 

@@ -355,11 +355,3 @@ def test_a_job_killed_at_any_moment_goes_on_and_ends_complete(package, tmp_path)
     assert before & {path.name for path in (out / "vectors").glob("*.parquet")}
     assert result.samples + result.skipped == 3000 and result.rows == 2998
     assert len(set(table_of(out)["id"].to_pylist())) == 2997
-
-
-def test_what_a_store_says_while_reading_is_one_line():
-    tower = "ray::Read()\n  File x.py\npipelines.storage.Unavailable: s3://x: it fails; check it\n\nray.exceptions.Y: z"
-    with pytest.raises(InputError, match=r"^s3://x: it fails; check it$"), embed_module._one_line():
-        raise RuntimeError(tower)
-    with pytest.raises(RuntimeError, match="other"), embed_module._one_line():
-        raise RuntimeError("other")
