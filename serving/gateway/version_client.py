@@ -21,7 +21,6 @@ from serving.config import ServingConfig
 from serving.gateway.batcher import Batcher
 from serving.interfaces import Description, Hit, ImageOrUri, IndexDescription, Modality, Overloaded, ReplicaUnavailable
 from serving.model_source import VersionSpec
-from serving.replicas.encoders import Timed
 
 TEXT, IMAGE, MATCHER, SEARCH = "text", "image", "matcher", "search"
 """Names of a version's deployments."""
@@ -105,13 +104,11 @@ class VersionClient:
     async def _encode_texts(self, rows: list[np.ndarray]) -> np.ndarray:
         lengths = np.fromiter(map(len, rows), np.int32, len(rows))
         ids = np.concatenate(rows, dtype=np.int32)
-        timed: Timed = await retry_once(lambda: self._text.encode.remote(ids, lengths))
-        return timed[0]
+        return await retry_once(lambda: self._text.encode.remote(ids, lengths))
 
     async def _encode_images(self, rows: list[np.ndarray]) -> np.ndarray:
         pixels = np.stack(rows)
-        timed: Timed = await retry_once(lambda: self._image.encode.remote(pixels))
-        return timed[0]
+        return await retry_once(lambda: self._image.encode.remote(pixels))
 
     async def search(self, query: np.ndarray, modality: Modality, top_k: int) -> list[Hit]:
         """The rows of the index whose vectors of `modality` are nearest to float32 (D,), the nearest first."""

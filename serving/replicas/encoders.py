@@ -6,7 +6,6 @@ the joint space.
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +21,6 @@ from serving.interfaces import ImageOrUri
 
 logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
-Timed = tuple[np.ndarray, float]
-"""(vectors float32 (N, D), seconds that computing them took)."""
 
 
 class Replica:
@@ -80,29 +77,27 @@ def _stored_health(folder: Path) -> dict[str, Any]:
 class TextEncoder(Replica):
     """The text encoder of one version."""
 
-    async def encode(self, ids: np.ndarray, lengths: np.ndarray) -> Timed:
+    async def encode(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Vectors float32 (N, D) of captions: token `ids` int32 of all, one after the other, `lengths` int32 (N,)."""
         return await self.run(lambda: self._encode(np.split(ids, np.cumsum(lengths)[:-1])))
 
-    def _encode(self, rows: Sequence[np.ndarray]) -> Timed:
+    def _encode(self, rows: Sequence[np.ndarray]) -> np.ndarray:
         from models.inference import embed_texts
 
-        started = time.perf_counter()
-        return embed_texts(self.package, rows, self.bf16), time.perf_counter() - started
+        return embed_texts(self.package, rows, self.bf16)
 
 
 class ImageEncoder(Replica):
     """The image encoder of one version."""
 
-    async def encode(self, pixels: np.ndarray) -> Timed:
+    async def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Vectors float32 (N, D) of images uint8 (N, S, S, 3)."""
         return await self.run(lambda: self._encode(pixels))
 
-    def _encode(self, pixels: np.ndarray) -> Timed:
+    def _encode(self, pixels: np.ndarray) -> np.ndarray:
         from models.inference import embed_images
 
-        started = time.perf_counter()
-        return embed_images(self.package, pixels, self.bf16), time.perf_counter() - started
+        return embed_images(self.package, pixels, self.bf16)
 
 
 class Matcher(Replica):

@@ -1,18 +1,14 @@
 """What a replica computes is what evaluation computes: batches, padding and order change nothing."""
 
-import asyncio
-
 import numpy as np
 import pytest
 import torch
 
 from models import inference
-from models.config import InputError
 from models.normalize import normalize
 from models.preprocess import clean_caption
-from serving.replicas.encoders import ImageEncoder, Matcher, TextEncoder
 from tests.support.paths import ROOT
-from tests.support.serving_models import png, save_small
+from tests.support.serving_models import save_small
 
 TEXTS = [clean_caption(text) for text in ["a", "picture number seven of noise", "noise", "number 3 3 3 3 3 of 3"] * 9]
 
@@ -66,35 +62,3 @@ def test_matching_is_each_pairs_own(package):
         alone = inference.match(package, [rows[text]], pixels[image : image + 1], [(0, 0)])
         assert probability == pytest.approx(float(alone[0]), abs=1e-5)
     assert together.std() > 1e-4 and ((together > 0) & (together < 1)).all()
-
-
-def read(path) -> bytes:
-    if not path.is_file():
-        raise InputError(f"{path} is not there")
-    return path.read_bytes()
-
-
-def replica(kind, package, folder, *more):
-    return kind(str(folder), package.embedding_space, {}, False, *more)
-
-
-def test_replicas_unpack_what_gateways_send(tmp_path, monkeypatch):
-    package = save_small(tmp_path / "p", matching=True)
-    rows = package.tokenizer.encode_rows(TEXTS[:4], package.preprocessor.max_tokens)
-    lengths = np.array([len(row) for row in rows], np.int32)
-    pixels = images(3)
-    (tmp_path / "image.png").write_bytes(png(pixels[2]))
-    monkeypatch.setattr("serving.model_source.read_image", lambda uri: read(tmp_path / uri))
-
-    async def run():
-        texts, seconds = await replica(TextEncoder, package, tmp_path / "p").encode(np.concatenate(rows), lengths)
-        assert np.abs(texts - inference.embed_texts(package, rows)).max() < 1e-6 and seconds > 0
-        images, _ = await replica(ImageEncoder, package, tmp_path / "p").encode(pixels)
-        assert np.abs(images - inference.embed_images(package, pixels)).max() < 1e-6
-        matcher = replica(Matcher, package, tmp_path / "p", 10_000)
-        shown = [pixels[0], "image.png", "not-there.png"]
-        found = await matcher.match(TEXTS[:2], shown, [(0, 0), (1, 2), (1, 1)])
-        expected = inference.match(package, rows[:2], pixels[[0, 2]], [(0, 0), (1, 1)])
-        assert found[1] is None and [found[0], found[2]] == pytest.approx(expected.tolist(), abs=1e-5)
-
-    asyncio.run(run())
