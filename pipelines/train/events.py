@@ -62,7 +62,8 @@ class Listener:
         while not last:
             last = self._closing.wait(self._interval)
             try:
-                events = ray.get(self.mailbox.take.remote(), timeout=20)
+                # However long a loaded machine takes: events of a call that is given up would be lost.
+                events = ray.get(self.mailbox.take.remote())
             except ray.exceptions.RayError as error:  # the cluster is gone; fit says why
                 logger.debug("no more events: %s", error)
                 return
