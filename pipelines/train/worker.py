@@ -235,7 +235,7 @@ class Run:
             write_checkpoint(folder, files, self.state, self.progress, self.metrics, self.records.tables())
             checkpoint = ray.train.Checkpoint.from_directory(str(folder))
         ray.train.report(
-            self.metrics,
+            dict(self.metrics),  # a copy: the upload may end, and be listed, when the next step has changed ours
             checkpoint=checkpoint,
             checkpoint_dir_name=f"step-{self.progress.step:08d}-{int(time.time()):x}",
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,

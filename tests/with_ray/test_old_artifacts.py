@@ -226,7 +226,8 @@ def goes_on(bucket: str, store: str) -> None:
     folder = f"{bucket}/sweeps/interrupted"
     before = Sweep.load(folder)
     begun = {
-        trial.trial_id: listed[-1].metrics["step"]
+        # by the checkpoint itself: the list of that commit may give it the numbers of a later step
+        trial.trial_id: read_json(f"{listed[-1].uri}/metrics.json")["step"]
         for trial in before.trials
         if not trial.ended and (listed := listed_checkpoints(f"{folder}/{trial.run_folder}"))
     }

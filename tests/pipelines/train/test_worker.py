@@ -171,3 +171,19 @@ def test_a_run_that_left_or_came_to_its_end_has_not_failed(monkeypatch):
     end(monkeypatch, {})
     with pytest.raises(TrainingLeft):
         end(monkeypatch, {"left": 500})
+
+
+def test_numbers_of_a_checkpoint_are_those_of_its_step_however_late_its_upload_ends(monkeypatch):
+    reported: list[dict[str, float]] = []
+    monkeypatch.setattr(worker.ray.train, "report", lambda metrics, **_: reported.append(metrics))
+    for name in ("_report_step", "_gather_position"):
+        monkeypatch.setattr(Run, name, lambda *_: None)
+    run = Run.__new__(Run)
+    run.job, run.workers, run.planned, run.metrics = job(()), SimpleNamespace(rank=1), PLANNED, {}
+    run.state = SimpleNamespace(model=None, optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}]))
+    run.validation = SimpleNamespace(score=lambda model: {"val/recall_at_1_mean": 0.5})
+    run.records, run.meter, run.device = SimpleNamespace(gather=lambda *_: None), Meter(), None
+    run.progress = SimpleNamespace(step=6, seen=96)
+    run._checkpoint()
+    run.metrics |= {"step": 16, "val/recall_at_1_mean": 0.1}  # the next checkpoint's, while this one is uploaded
+    assert (reported[0]["step"], reported[0]["val/recall_at_1_mean"]) == (6, 0.5)
