@@ -224,11 +224,11 @@ def test_an_existing_run_is_refused_and_a_damaged_checkpoint_named(finished, cor
 
 KILLED_DRIVER = """
 import os, sys
-from pipelines import train
+from pipelines.train import fit
 from pipelines.cli.main import main
 from tests.pipelines.train.with_ray.test_fit import worker_that_kills
 run, step, *words = sys.argv[1:]
-train.train_worker = worker_that_kills(run, int(step), os.getpid())
+fit.train_worker = worker_that_kills(run, int(step), os.getpid())
 main(words)
 """
 
@@ -242,7 +242,7 @@ def test_a_killed_driver_goes_on_by_hand_from_a_bucket_with_another_number_of_wo
     words = train_words(f"{bucket}/data/train", f"{bucket}/data/val", f"{bucket}/runs", preset="clip-tiny")
     words += ["--name", "by-hand", "--optim.epochs", "2", "--optim.batch-size", "16", "--checkpoints.every", "0.25"]
     words += ["--pairs.record-ids"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "RAY_TMPDIR": "/tmp"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": "/tmp"}
     environment.pop("RAY_ADDRESS", None)
     program = [sys.executable, "-c", KILLED_DRIVER, run, "12", *words]
     with subprocess.Popen(program, env=environment, start_new_session=True) as driver:
