@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.support.pairs import make_pairs, write_parquet_pairs, write_tar_pairs
 from tests.support.paths import ROOT
@@ -29,6 +30,8 @@ _AWS = {
     "AWS_EC2_METADATA_DISABLED": "true",
 }
 torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None)  # no timing stands in a test
+settings.load_profile("tests")
 
 
 @dataclass

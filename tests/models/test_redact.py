@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tuning.sweep.mlflow_runs
-from models.config import InputError
+from models.config import Failed, InputError
 from models.redact import redact
 from pipelines import storage
 from pipelines.artifacts.resolve import model_card
@@ -154,6 +154,10 @@ def test_errors_hold_no_secret_in_other_processes_either(url):
     assert clean(_why(failed))
 
 
+def fail(error: Exception) -> int:
+    raise error
+
+
 @pytest.mark.parametrize("url", URLS)
 def test_the_command_line_shows_no_secret(url, monkeypatch):
     results, errors = io.StringIO(), io.StringIO()
@@ -167,7 +171,7 @@ def test_the_command_line_shows_no_secret(url, monkeypatch):
             raise OSError(f"{url} is away")
         except OSError:
             logging.getLogger("pipelines.any").exception("reading %s", url)
-        console.complain(RuntimeError(f"{url}: failed"), 1)
+        assert console.exit_code("triptych", lambda: fail(Failed(f"{url}: failed"))) == 1
         console.say(f"run folder: {url}")
     finally:
         root.handlers[:] = kept

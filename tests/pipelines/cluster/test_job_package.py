@@ -91,6 +91,8 @@ def by_connect(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda *_, **options: given.update(options))
     monkeypatch.setattr(connect, "ROOT", checkout)
+    monkeypatch.setattr(connect, "probe", lambda address: "")
+    monkeypatch.setattr(connect, "_say_if_lost", lambda: None)
     connect.connect()
     return dict(given["runtime_env"])
 
